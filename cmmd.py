@@ -1,0 +1,697 @@
+"""CMMD: contrastive multi-modal diffusion for video-audio conditional modelling (Yang, Gamper, Braun, arXiv 2312.05412).
+
+The method of the paper, over tensors: nothing here knows of files of media, frames or waves. In this order:
+  files        atomic, save, load: weights and their sizes in one safetensors file
+  schedule     alpha_bar, diffuse, velocity and back                                    Sec. 2.1
+  the model    CMMDConfig, blocks, EasyFusion, CMMD: two U-Nets side by side            Fig. 1
+  losses       joint_loss (Eq. 2), the times drawn in training                          Sec. 2.1
+  sampler      generate: clean, replace or guide (Eqs. 3, 5), windows for any length    Sec. 2.1
+The joint contrastive loss (Eq. 6) and its negatives (Sec. 2.2) are still to come, below the losses.
+
+Letters: B batch, T video frames, C channels, H W latent height and width, M mel bins, L mel frames. "velocity" is the
+v-target of Salimans and Ho; `t` in [0, 1] is the noise level (the paper's n / N), 0 clean and 1 pure noise.
+"""
+
+import json
+import math
+import os
+import tempfile
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+__version__ = "0.1.0"
+__path__ = [os.path.dirname(os.path.abspath(__file__))]  # sibling files import as cmmd.vae, cloned or installed
+
+
+# ---- Files
+
+
+@contextmanager
+def atomic(path):
+    """Yield a temporary path beside `path` to write to; rename it to `path` on success, remove it on failure.
+
+    ValueError if the folder does not exist or cannot be written."""
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise ValueError(f"{path}: cannot write, the folder {path.parent} does not exist; make it first")
+    if path.is_dir():
+        raise ValueError(f"{path}: cannot write, this is a folder; give a file name")
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot write in {path.parent} ({error.strerror}); choose another folder") from None
+    os.close(handle)
+    umask = os.umask(0)
+    os.umask(umask)
+    try:
+        yield Path(name)
+        os.chmod(name, 0o666 & ~umask)  # temporary files are private; outputs are ordinary ones
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def save(path, module, dtype=None):
+    """Write module's weights, class name and config to one safetensors file; floating weights as `dtype` if given."""
+    weights = {name: w.detach().cpu().contiguous() for name, w in module.state_dict().items()}
+    if dtype is not None:
+        weights = {name: w.to(dtype) if w.is_floating_point() else w for name, w in weights.items()}
+    header = {"class": type(module).__name__, "config": json.dumps(asdict(module.config))}
+    with atomic(path) as temporary:
+        save_file(weights, temporary, metadata=header)
+
+
+def load(path, cls):
+    """Build cls(cls.Config) from a file that `save` wrote, load its weights strictly -> the module, float32, in eval mode.
+
+    ValueError, in one line, if the file is missing, is no safetensors file, holds another class, config or tensors."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            header = file.metadata() or {}
+            weights = {name: file.get_tensor(name).float() for name in file.keys()}
+    except (OSError, SafetensorError) as error:
+        reason = "there is no such file" if not os.path.exists(path) else f"not a whole safetensors file ({error})"
+        raise ValueError(f"{path}: {reason}; expected the weights of a {cls.__name__}") from None
+    if header.get("class") != cls.__name__:
+        raise ValueError(f"{path}: holds {header.get('class', 'weights of unknown kind')}, expected a {cls.__name__}")
+    try:
+        module = cls(cls.Config(**json.loads(header["config"])))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: its config makes no {cls.__name__} of this version ({error})") from None
+    try:
+        module.load_state_dict(weights, strict=True)
+    except RuntimeError as error:
+        raise ValueError(f"{path}: weights do not fit their own config: {str(error).splitlines()[1].strip()}") from None
+    return module.eval()
+
+
+def fast_autocast(device):
+    """Context: bf16 autocast where that is fast (GPUs, CPUs with native bf16), else plain float32.
+
+    CPUs that only emulate bf16 run a convolution 2.4 times slower in it than in float32, so the code asks."""
+    kind = torch.device(device).type
+    fast = kind == "cuda"
+    if kind == "cpu":
+        capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        fast = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return torch.autocast(kind, torch.bfloat16) if fast else nullcontext()
+
+
+# ---- Schedule (ours: the paper's appendix would give it). All arithmetic in float32.
+
+
+def alpha_bar(t):
+    """Share of signal power at noise level t in [0, 1]: cos^2(pi t / 2), 1 at t = 0 and 0 at t = 1. Same shape as t."""
+    return torch.cos(t * (math.pi / 2)).square()
+
+
+def _scales(t, like):
+    """sqrt(alpha_bar), sqrt(1 - alpha_bar) of t (B,) or a scalar, shaped to multiply `like` (B, ...)."""
+    angle = torch.as_tensor(t, dtype=torch.float32, device=like.device) * (math.pi / 2)
+    angle = angle.reshape(angle.shape + (1,) * (like.dim() - angle.dim())) if angle.dim() else angle
+    return torch.cos(angle), torch.sin(angle)
+
+
+def diffuse(x, noise, t):
+    """Eq. 5: x_t = sqrt(alpha_bar) x + sqrt(1 - alpha_bar) noise. x, noise (B, ...); t (B,) or a number."""
+    signal, sigma = _scales(t, x)
+    return signal * x + sigma * noise
+
+
+def velocity(x, noise, t):
+    """The target of Eq. 2: sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x. x, noise (B, ...); t (B,) or a number."""
+    signal, sigma = _scales(t, x)
+    return signal * noise - sigma * x
+
+
+def denoise(x_t, v, t):
+    """Inverse of `diffuse` and `velocity`: noisy data and velocity -> (x, noise), exactly."""
+    signal, sigma = _scales(t, x_t)
+    return signal * x_t - sigma * v, sigma * x_t + signal * v
+
+
+# ---- The model
+
+
+@dataclass(frozen=True)
+class CMMDConfig:
+    """What the model was trained on, and its sizes. The defaults are `demo`: 64 px, one laptop.
+
+    size: of the frames in pixels, 8 times that of the latents; frames: a training window's; mel_mean, mel_std: of the
+    log10 mel, so that the normalised one is about N(0, 1); video_channels, audio_channels: width of each level;
+    blocks: pairs of blocks a level; attention: over time, level by level; fusion: what crosses between the modalities,
+    "learned" (pooled where a 1x1 convolution looks), "mean" (spatial mean) or "none"."""
+
+    size: int = 64
+    fps: float = 10
+    frames: int = 18
+    latent_channels: int = 4
+    sample_rate: int = 16000
+    n_fft: int = 512
+    hop: int = 256
+    mel_bins: int = 80
+    mel_mean: float = -2.6
+    mel_std: float = 1.3
+    video_channels: tuple = (48, 64, 96)
+    audio_channels: tuple = (96, 160, 224)
+    attention: tuple = (False, True, True)
+    blocks: int = 2
+    heads: int = 4
+    groups: int = 8
+    fusion: str = "learned"
+
+    def __post_init__(self):
+        for name in ("video_channels", "audio_channels", "attention"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if not len(self.video_channels) == len(self.audio_channels) == len(self.attention) > 0:
+            raise ValueError("CMMD needs video_channels, audio_channels and attention of one length, a value a level")
+        if any(c % self.groups or c % (2 * self.heads) for c in self.video_channels + self.audio_channels):
+            raise ValueError(f"CMMD channels must be multiples of groups {self.groups} and twice heads {self.heads}")
+        if self.fusion not in ("learned", "mean", "none"):
+            raise ValueError(f"CMMD fusion is {self.fusion!r}, expected 'learned', 'mean' or 'none'")
+        if min(self.size, self.fps, self.frames, self.blocks, self.mel_std) <= 0:
+            raise ValueError("CMMD size, fps, frames, blocks and mel_std must be above 0")
+
+
+def mel_frames(T, config):
+    """Mel frames of a canvas of T video frames: ceil(T * sample_rate / (fps * hop)), 113 for 18 frames at 10 fps."""
+    return math.ceil(T * config.sample_rate / (config.fps * config.hop) - 1e-6)
+
+
+class TimeEmbedding(nn.Module):
+    """t_video, t_audio (B,) -> (B, E): sinusoids of both, one after the other, through one MLP."""
+
+    def __init__(self, width, size=64):
+        super().__init__()
+        self.size = size
+        self.mlp = nn.Sequential(nn.Linear(2 * size, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+
+    def forward(self, t_video, t_audio):
+        rates = torch.exp(torch.linspace(0, math.log(1000.0), self.size // 2, device=t_video.device))
+        angles = torch.stack([t_video, t_audio], dim=1).float()[..., None] * rates  # (B, 2, size/2)
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).flatten(1))
+
+
+class Attention(nn.Module):
+    """Self-attention over time with rotary positions, residual: x (N, S, C) -> the same. Any S, no absolute positions."""
+
+    def __init__(self, c, heads):
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(c)
+        self.qkv = nn.Linear(c, 3 * c)
+        self.out = zeroed(nn.Linear(c, c))
+
+    def forward(self, x):
+        N, S, C = x.shape
+        q, k, v = self.qkv(self.norm(x)).reshape(N, S, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
+        turn = rotary(S, C // self.heads, x.device)
+        scores = rotate(q, turn) @ rotate(k, turn).transpose(-1, -2) * (C // self.heads) ** -0.5
+        h = scores.softmax(dim=-1).to(v.dtype) @ v  # torch's fused one is 10 times slower in bf16 backward on a CPU
+        return x + self.out(h.transpose(1, 2).reshape(N, S, C))  # (N, heads, S, C/heads) -> (N, S, C)
+
+
+def rotary(S, d, device):
+    """cos and sin, each (S, d/2), of S positions under d/2 frequencies (Su et al., RoFormer)."""
+    rates = 1000.0 ** (-torch.arange(d // 2, device=device) / (d // 2))
+    angles = torch.arange(S, device=device)[:, None] * rates
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, turn):
+    """Rotate the two halves of x (..., S, d) against each other by `rotary`'s angles."""
+    cos, sin = turn
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
+def zeroed(module):
+    """module with its weights and bias set to 0, so that a residual branch starts as nothing."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+class ResidualBlock(nn.Module):
+    """norm-SiLU-conv, scale and shift by time, norm-SiLU-conv. Frames (B*T, C, H, W) if dims is 2, sound (B, C, L) if 1."""
+
+    def __init__(self, c_in, c_out, embedding, groups, dims):
+        super().__init__()
+        conv = {1: nn.Conv1d, 2: nn.Conv2d}[dims]
+        self.norm1, self.conv1 = nn.GroupNorm(groups, c_in), conv(c_in, c_out, 3, padding=1)
+        self.norm2, self.conv2 = nn.GroupNorm(groups, c_out), zeroed(conv(c_out, c_out, 3, padding=1))
+        self.time = nn.Linear(embedding, 2 * c_out)
+        self.skip = conv(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x, time):
+        h = self.norm2(self.conv1(F.silu(self.norm1(x))))
+        change = self.time(time).repeat_interleave(len(x) // len(time), dim=0)  # (B, 2C) -> (B*T, 2C)
+        scale, shift = change.reshape(change.shape + (1,) * (x.dim() - 2)).chunk(2, dim=1)
+        return self.skip(x) + self.conv2(F.silu(h * (1 + scale) + shift))
+
+
+class VideoBlock(nn.Module):
+    """Within frames a ResidualBlock; across frames a convolution of width 3 and, where asked, attention."""
+
+    def __init__(self, c_in, c_out, embedding, config, attention):
+        super().__init__()
+        self.space = ResidualBlock(c_in, c_out, embedding, config.groups, dims=2)
+        self.norm = nn.GroupNorm(config.groups, c_out)
+        self.conv = zeroed(nn.Conv2d(c_out, c_out, (3, 1), padding=(1, 0)))
+        self.attention = Attention(c_out, config.heads) if attention else None
+
+    def forward(self, x, time):
+        x = self.space(x, time)
+        B, (_, C, H, W) = len(time), x.shape
+        h = F.silu(self.norm(x)).unflatten(0, (B, -1)).flatten(3).transpose(1, 2)  # (B*T, C, H, W) -> (B, C, T, H*W)
+        x = x + self.conv(h).transpose(1, 2).reshape(x.shape)  # (B, C, T, H*W) -> (B*T, C, H, W)
+        if self.attention is None:
+            return x
+        h = x.unflatten(0, (B, -1)).permute(0, 3, 4, 1, 2)  # (B*T, C, H, W) -> (B, H, W, T, C)
+        h = self.attention(h.flatten(0, 2)).unflatten(0, (B, H, W))  # over T
+        return h.permute(0, 3, 4, 1, 2).flatten(0, 1)  # (B, H, W, T, C) -> (B*T, C, H, W)
+
+
+class AudioBlock(nn.Module):
+    """The same in one dimension: a ResidualBlock over L and, where asked, attention."""
+
+    def __init__(self, c_in, c_out, embedding, config, attention):
+        super().__init__()
+        self.time = ResidualBlock(c_in, c_out, embedding, config.groups, dims=1)
+        self.attention = Attention(c_out, config.heads) if attention else None
+
+    def forward(self, x, time):
+        x = self.time(x, time)
+        if self.attention is None:
+            return x
+        return self.attention(x.transpose(1, 2)).transpose(1, 2)  # over L
+
+
+def interpolation(T, L, step, fps):
+    """(L, T): row j mixes the video frames nearest to mel frame j, by true time: frame k is at (k + 1/2)/fps seconds,
+    mel frame j at (j + 1/2) * step. Rows sum to 1."""
+    position = ((torch.arange(L) + 0.5) * step * fps - 0.5).clamp(0, T - 1)
+    return (1 - (position[:, None] - torch.arange(T)).abs()).clamp(min=0)
+
+
+def averaging(T, L, step, fps):
+    """(2, T, L): row k of the first averages the mel frames that sound while video frame k is shown; the second weighs
+    them by when they sound, from -1 at its start to 1 at its end, so that a frame knows a touch's time within itself."""
+    frame, mel = torch.arange(T)[:, None] / fps, torch.arange(L)[None] * step
+    overlap = (torch.minimum(frame + 1 / fps, mel + step) - torch.maximum(frame, mel)).clamp(min=0)  # (T, L) seconds
+    overlap = overlap / overlap.sum(dim=1, keepdim=True).clamp(min=1e-6)
+    within = ((mel + step / 2 - frame) * fps * 2 - 1).clamp(-1, 1)
+    return torch.stack([overlap, overlap * within])
+
+
+def phase(L, step, fps):
+    """(2, L): cosine and sine of where within a video frame each mel frame lies."""
+    angle = 2 * math.pi * (torch.arange(L) + 0.5) * step * fps
+    return torch.stack([angle.cos(), angle.sin()])
+
+
+class EasyFusion(nn.Module):
+    """Easy fusion (Fig. 1; defined here, the paper's appendix being out of reach): each modality's features, brought to
+    the other's times and projected, are added to the other's. Cost O(T*H*W*C), no attention between the modalities.
+
+    Video to audio: per head, a 1x1 convolution scores the positions of a frame and a softmax over H*W weighs them (a ball
+    fills 2 % of the picture and drowns in a plain mean). Audio to video: added everywhere and, by a second projection,
+    where a learned map over H*W of peak 1 says."""
+
+    def __init__(self, video, audio, config):
+        super().__init__()
+        self.config, heads = config, config.heads
+        self.norm_video, self.norm_audio = nn.GroupNorm(config.groups, video), nn.GroupNorm(config.groups, audio)
+        self.score = nn.Conv2d(video, 2 * heads, 1) if config.fusion == "learned" else None
+        self.norm_pooled = nn.LayerNorm(video)
+        self.to_audio = nn.Conv1d(video + 2, audio, 1)
+        self.to_video = nn.Linear(2 * audio, 2 * video)
+
+    def forward(self, video, audio, step):
+        """video (B*T, Cv, H, W), audio (B, Ca, L), `step` seconds a mel frame at this level -> both, fused."""
+        B, L, heads = len(audio), audio.shape[2], self.config.heads
+        T, (_, C, H, W) = len(video) // B, video.shape
+        fps, device = self.config.fps, audio.device
+        values = self.norm_video(video)
+        if self.score is None:
+            pooled, where = values.mean(dim=(2, 3)), None
+        else:
+            scores = self.score(values).flatten(2).float().softmax(dim=2).to(values.dtype)  # (B*T, 2*heads, H*W)
+            look, where = scores.chunk(2, dim=1)
+            pooled = torch.einsum("nhcp,nhp->nhc", values.reshape(B * T, heads, C // heads, H * W), look).flatten(1)
+        pooled = self.norm_pooled(pooled).unflatten(0, (B, T))  # (B, T, Cv)
+        mix = interpolation(T, L, step, fps).to(device, pooled.dtype)
+        heard = torch.cat([(mix @ pooled).transpose(1, 2), phase(L, step, fps).to(device, pooled.dtype).expand(B, 2, L)], 1)
+        mix = averaging(T, L, step, fps).to(device, audio.dtype)
+        seen = torch.einsum("stl,bcl->btsc", mix, self.norm_audio(audio).to(audio.dtype))  # (B, T, 2, Ca)
+        everywhere, there = self.to_video(seen.flatten(2)).flatten(0, 1).chunk(2, dim=1)  # (B*T, Cv)
+        change = everywhere[:, :, None, None]
+        if where is not None:
+            where = where / where.amax(dim=2, keepdim=True)  # (B*T, heads, H*W), peak 1
+            there = there.reshape(B * T, heads, C // heads, 1) * where[:, :, None]
+            change = change + there.reshape(B * T, C, H, W)
+        return video + change, audio + self.to_audio(heard)
+
+
+class Pair(nn.Module):
+    """A video block, an audio block, and the fusion after them."""
+
+    def __init__(self, video, audio, embedding, config, attention):
+        super().__init__()
+        self.video = VideoBlock(*video, embedding, config, attention)
+        self.audio = AudioBlock(*audio, embedding, config, attention)
+        self.fusion = EasyFusion(video[1], audio[1], config) if config.fusion != "none" else None
+
+    def forward(self, video, audio, time, step):
+        video, audio = self.video(video, time), self.audio(audio, time)
+        return (video, audio) if self.fusion is None else self.fusion(video, audio, step)
+
+
+class CMMD(nn.Module):
+    """The joint model v_theta of Eq. 2 (Fig. 1): a video and an audio U-Net, level by level side by side.
+
+    `CMMD(config)(video, audio, t_video, t_audio)`: noisy latents (B, T, C, H, W) and normalised mel (B, M, L) at their
+    noise levels (B,) -> their velocities, of the same shapes. With t_video equal to t_audio it is the paper's model; a
+    clean modality has t = 0 (ours). Any T and L; H and W must be multiples of 2^(levels - 1)."""
+
+    Config = CMMDConfig
+
+    def __init__(self, config=CMMDConfig()):
+        super().__init__()
+        self.config = config
+        video, audio, levels, E = config.video_channels, config.audio_channels, len(config.video_channels), 256
+        self.time = TimeEmbedding(E)
+        self.video_in = nn.Conv2d(config.latent_channels, video[0], 3, padding=1)
+        self.audio_in = nn.Conv1d(config.mel_bins, audio[0], 3, padding=1)
+        pair = lambda v, a, level: Pair(v, a, E, config, config.attention[level])
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        for i in range(levels):
+            v, a, last_v, last_a = video[i], audio[i], video[max(i - 1, 0)], audio[max(i - 1, 0)]
+            self.down.append(nn.ModuleList(
+                pair((v if j else last_v, v), (a if j else last_a, a), i) for j in range(config.blocks)))
+        self.middle = pair((video[-1],) * 2, (audio[-1],) * 2, -1)
+        for i in reversed(range(levels)):
+            v, a, last_v, last_a = video[i], audio[i], video[min(i + 1, levels - 1)], audio[min(i + 1, levels - 1)]
+            self.up.append(nn.ModuleList(
+                pair((v + (v if j else last_v), v), (a + (a if j else last_a), a), i) for j in range(config.blocks)))
+        self.video_down = nn.ModuleList(nn.Conv2d(c, c, 3, 2, 1) for c in video[:-1])
+        self.audio_down = nn.ModuleList(nn.Conv1d(c, c, 3, 2, 1) for c in audio[:-1])
+        self.video_out = nn.Sequential(
+            nn.GroupNorm(config.groups, video[0]), nn.SiLU(), zeroed(nn.Conv2d(video[0], config.latent_channels, 3, 1, 1)))
+        self.audio_out = nn.Sequential(
+            nn.GroupNorm(config.groups, audio[0]), nn.SiLU(), zeroed(nn.Conv1d(audio[0], config.mel_bins, 3, 1, 1)))
+
+    def normalise(self, mel):
+        """log10 mel -> about zero mean and unit variance."""
+        return (mel - self.config.mel_mean) / self.config.mel_std
+
+    def denormalise(self, x):
+        """Inverse of `normalise`."""
+        return x * self.config.mel_std + self.config.mel_mean
+
+    def forward(self, video, audio, t_video, t_audio):
+        self._check(video, audio)
+        B, L, depth = len(video), audio.shape[2], len(self.down) - 1
+        step = self.config.hop / self.config.sample_rate  # seconds a mel frame
+        time = self.time(t_video, t_audio)
+        v = self.video_in(video.flatten(0, 1))  # (B, T, C, H, W) -> (B*T, C, H, W)
+        a = self.audio_in(F.pad(audio, (0, -L % 2**depth), mode="replicate"))
+        skips = []
+        for i, level in enumerate(self.down):
+            for pair in level:
+                v, a = pair(v, a, time, step * 2**i)
+                skips.append((v, a))
+            if i < depth:
+                v, a = self.video_down[i](v), self.audio_down[i](a)
+        v, a = self.middle(v, a, time, step * 2**depth)
+        for i, level in zip(reversed(range(depth + 1)), self.up):
+            if i < depth:
+                v, a = F.interpolate(v, scale_factor=2.0), F.interpolate(a, scale_factor=2.0)
+            for pair in level:
+                skip_v, skip_a = skips.pop()
+                v, a = pair(torch.cat([v, skip_v], 1), torch.cat([a, skip_a], 1), time, step * 2**i)
+        return self.video_out(v).unflatten(0, (B, -1)).float(), self.audio_out(a)[..., :L].float()
+
+    def _check(self, video, audio):
+        c, side = self.config, 2 ** (len(self.down) - 1)
+        if video.dim() != 5 or video.shape[2] != c.latent_channels or any(n % side for n in video.shape[3:]):
+            raise ValueError(f"CMMD needs latents (B, T, {c.latent_channels}, H, W), H and W multiples of {side}; "
+                             f"got {tuple(video.shape)}")
+        if audio.dim() != 3 or audio.shape[1] != c.mel_bins or len(audio) != len(video):
+            raise ValueError(f"CMMD needs mels (B, {c.mel_bins}, L), B as in the video; got {tuple(audio.shape)}")
+
+
+# ---- Losses
+
+
+def draw_times(B, first_lesson=False):
+    """Noise levels for a batch -> t_video, t_audio (B,). Ours; the paper has one t for both.
+
+    The first lesson of a training: one side clean, the other at t >= 0.7, half of the batch each way. Then the mixture:
+    40 % one t, 20 % two, 20 % clean video, 20 % clean audio, times drawn towards high noise as 1 - u^2; of the clean
+    samples a quarter have the other side at t = 1."""
+    side = torch.rand(B) < 0.5
+    if first_lesson:
+        t = 0.7 + 0.3 * torch.rand(B)
+        return torch.where(side, 0.0, t), torch.where(side, t, 0.0)
+    kind = torch.rand(B)
+    t_video, t_audio = 1 - torch.rand(2, B).square()
+    pure = torch.rand(B) < 0.25
+    alone = torch.where(pure, 1.0, t_video)
+    t_audio = torch.where(kind < 0.4, t_video, t_audio)
+    clean_video, clean_audio = (kind >= 0.6) & (kind < 0.8), kind >= 0.8
+    t_audio = torch.where(clean_video, alone, torch.where(clean_audio, 0.0, t_audio))
+    t_video = torch.where(clean_audio, alone, torch.where(clean_video, 0.0, t_video))
+    return t_video, t_audio
+
+
+def joint_loss(model, video, audio, t_video, t_audio, noise_video, noise_audio):
+    """Eq. 2: the mean squared velocity error of each sample and modality -> (B, 2), video then audio.
+
+    video (B, T, C, H, W), audio (B, M, L) clean; times (B,). A clean side (t = 0) has nothing to predict: its loss is 0."""
+    noisy = [diffuse(x, n, t) for x, n, t in ((video, noise_video, t_video), (audio, noise_audio, t_audio))]
+    with fast_autocast(video.device):
+        predicted = model(*noisy, t_video, t_audio)
+    targets = velocity(video, noise_video, t_video), velocity(audio, noise_audio, t_audio)
+    errors = [(p - v).square().flatten(1).mean(dim=1) for p, v in zip(predicted, targets)]
+    return torch.stack([errors[0] * (t_video > 0), errors[1] * (t_audio > 0)], dim=1)
+
+
+# ---- Sampler
+
+
+@torch.no_grad()
+def generate(model, video=None, audio=None, frames=None, *, steps=10, condition="clean", guidance=None,
+             sampler="ddim", stochasticity=0.0, seeds=(0,), stride=8, window_batch=8, progress=None):
+    """Sample what is missing: sound for `video`, video for `audio`, both for `frames` -> latents (B, T, C, H, W) and
+    normalised mel (B, M, L), float32; what was given is returned as it is.
+
+    video: latents (B, T, C, H, W) and audio: mel (B, M, L), as VAE.encode and CMMD.normalise give them. frames: T where
+    no video is given; for a sound, by default as many as it fills.
+    condition, how the given side enters: "clean" at its own t = 0 (ours), with guidance w (default 0) away from the
+    prediction that does not see it; "replace" noised to the current level (Eq. 5); "guide" also pulled down the gradient
+    of its own reconstruction (Eq. 3) with lambda = guidance (default 1).
+    sampler: "ddim" with `stochasticity` s in [0, 1] (0 DDIM, 1 fresh noise at every step) or "dpm", DPM-Solver++(2M).
+    seeds: one a sample; the same seed gives the same noise on any device and in any batch. Clips longer than a training
+    window are cut into windows every `stride` frames, `window_batch` at a time, whose predictions are blended at every
+    step. progress(done, steps) is called after each step. ValueError for arguments that do not fit together."""
+    config, given = model.config, _check_request(video, audio, steps, condition, sampler, stochasticity)
+    device = next(model.parameters()).device
+    known = (video, audio)[given].to(device).float() if given is not None else None
+    T, (H, W) = frames, [config.size // 8] * 2
+    if given == 0:
+        T, (H, W) = known.shape[1], known.shape[3:]
+    elif given == 1 and T is None:
+        T = max(1, math.floor(known.shape[2] * config.hop * config.fps / config.sample_rate + 1e-6))
+    if not T or T < 1 or len(seeds) != (len(seeds) if known is None else len(known)):
+        raise ValueError(f"generate needs at least one frame and one seed a sample; got {T} frames, {len(seeds)} seeds")
+    windows = Windows(T, config, stride, window_batch)
+    L = mel_frames(T, config) if given != 1 else known.shape[2]
+    if known is not None:
+        known = windows.lengthen(known, given)
+    shapes = (windows.T, config.latent_channels, H, W), (config.mel_bins, windows.L)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    draw = lambda side: torch.stack([torch.randn(shapes[side], generator=g) for g in generators]).to(device)
+    x = integrate(_predictor(model, windows, known, given, condition, guidance), [draw(0), draw(1)], given,
+                  steps, sampler, stochasticity, draw, progress)
+    if given is not None:
+        x[given] = known
+    return x[0][:, :T], x[1][:, :, :L]
+
+
+def _check_request(video, audio, steps, condition, sampler, stochasticity):
+    """Raise ValueError for a request that makes no sense -> which side is given: 0 video, 1 audio or None."""
+    if video is not None and audio is not None:
+        raise ValueError("generate was given both video and audio: nothing is left to make")
+    if steps < 1:
+        raise ValueError(f"steps is {steps}, it must be at least 1")
+    if condition not in ("clean", "replace", "guide"):
+        raise ValueError(f"condition is {condition!r}, expected 'clean', 'replace' or 'guide'")
+    if sampler not in ("ddim", "dpm"):
+        raise ValueError(f"sampler is {sampler!r}, expected 'ddim' or 'dpm'")
+    if not 0 <= stochasticity <= 1 or (stochasticity and sampler == "dpm"):
+        raise ValueError(f"stochasticity is {stochasticity}: expected 0 to 1, and 0 with sampler 'dpm'")
+    if video is None and audio is None:
+        return None
+    return 0 if audio is None else 1
+
+
+def integrate(predict, noise, given, steps, sampler="ddim", stochasticity=0.0, draw=None, progress=None):
+    """From pure noise at t = 1 down to t = 0 in equal steps -> [video, audio].
+
+    predict(x, t, noise) -> [video, audio], the predicted clean data; `given` is the side that predict supplies itself."""
+    x, before = list(noise), None
+    for i in range(steps):
+        t, t_next = 1 - i / steps, 1 - (i + 1) / steps
+        x_0 = predict(x, t, noise)
+        for side in {0, 1} - {given}:
+            if sampler == "dpm":
+                x[side] = dpm_step(x[side], x_0[side], before and before[side], t, t_next, 1 / steps)
+            else:
+                fresh = draw(side) if stochasticity else 0.0
+                x[side] = ddim_step(x[side], x_0[side], t, t_next, stochasticity, fresh)
+        before = x_0
+        if progress:
+            progress(i + 1, steps)
+    return x
+
+
+def ddim_step(x_t, x_0, t, t_next, stochasticity=0.0, fresh=0.0):
+    """Eq. 3, second line, as DDIM reads it: the noise is what x_0 leaves of x_t; a share s of it may be drawn anew."""
+    signal, sigma = _scales(t, x_t)
+    noise = (x_t - signal * x_0) / sigma
+    return diffuse(x_0, math.sqrt(1 - stochasticity**2) * noise + stochasticity * fresh, t_next)
+
+
+def dpm_step(x_t, x_0, x_0_before, t, t_next, dt):
+    """DPM-Solver++(2M) (Lu et al. 2022, Alg. 2) from t to t_next; first order in the first two steps and the last, where
+    the log signal-to-noise ratio is infinite at one end."""
+    half_log_snr = lambda u: -math.log(math.tan(u * math.pi / 2))
+    if x_0_before is not None and t + dt < 1 - 1e-6 and t_next > 1e-6:
+        h, h_before = half_log_snr(t_next) - half_log_snr(t), half_log_snr(t) - half_log_snr(t + dt)
+        x_0 = x_0 + (x_0 - x_0_before) * (h / h_before / 2)
+    return ddim_step(x_t, x_0, t, t_next)
+
+
+def _predictor(model, windows, known, given, condition, guidance):
+    """How the given side enters, as a function predict(x, t, noise) -> [video, audio] clean, for `integrate`."""
+
+    def at(x, times):
+        out = windows.velocities(model, x, times)
+        return [denoise(x[side], out[side], times[side])[0] for side in (0, 1)]
+
+    def joint(x, t, noise):
+        return at(x, [t, t])
+
+    def clean(x, t, noise):
+        x, times = list(x), [t, t]
+        x[given], times[given] = known, 0.0
+        seeing = at(x, times)
+        if not guidance:
+            return seeing
+        x[given], times[given] = noise[given], 1.0
+        return [s + guidance * (s - blind) for s, blind in zip(seeing, at(x, times))]
+
+    def replace(x, t, noise):
+        x = list(x)
+        x[given] = diffuse(known, noise[given], t)
+        if condition == "replace":
+            return at(x, [t, t])
+        x_0, gradient = windows.reconstruction_gradient(model, x, t, known, given)
+        weight = (1.0 if guidance is None else guidance) * math.cos(t * math.pi / 2)  # lambda sqrt(alpha_bar)
+        x_0[1 - given] = x_0[1 - given] - weight * gradient
+        return x_0
+
+    return joint if given is None else clean if condition == "clean" else replace
+
+
+class Windows:
+    """Overlapping windows over a canvas of T video frames and the mel frames that go with them.
+
+    Windows are as long as those of the training and start on whole mel frames; the canvas is lengthened by a few frames
+    if need be. Predictions are joined with triangular weights. Memory is bounded by the batch of windows, and what comes
+    out does not depend on it."""
+
+    def __init__(self, T, config, stride, batch):
+        per_frame = config.sample_rate / (config.fps * config.hop)  # mel frames a video frame
+        grid = next((n for n in range(1, config.frames) if abs(n * per_frame - round(n * per_frame)) < 1e-6), 1)
+        size = min(T, config.frames)
+        stride = min(max(grid, stride // grid * grid), size)
+        self.T = size + -(-(T - size) // grid) * grid
+        self.L, self.batch, last = mel_frames(self.T, config), batch, self.T - size
+        starts = sorted({*range(0, last, stride), last})
+        self.starts = [[(s, size) for s in starts],
+                       [(round(s * per_frame), min(mel_frames(size, config), self.L)) for s in starts]]
+        self.weights = [self._blend_weights(side) for side in (0, 1)]
+
+    def _blend_weights(self, side):
+        """Per window, the share (n,) it has in the blend at each of its positions; shares sum to 1 everywhere."""
+        n = self.starts[side][0][1]
+        ramp = torch.arange(n) + 0.5
+        ramp = torch.minimum(ramp, n - ramp)
+        total = torch.zeros((self.T, self.L)[side])
+        for start, _ in self.starts[side]:
+            total[start : start + n] += ramp
+        return [ramp / total[start : start + n] for start, _ in self.starts[side]]
+
+    def lengthen(self, x, side):
+        """x, video (B, T, ...) or audio (B, M, L), cut or continued with its last frame to the canvas."""
+        dim, length = (1, self.T) if side == 0 else (2, self.L)
+        index = torch.arange(length, device=x.device).clamp(max=x.shape[dim] - 1)
+        return x.index_select(dim, index)
+
+    def batches(self, B):
+        """(sample, window) pairs, `batch` at a time."""
+        pairs = [(b, w) for w in range(len(self.starts[0])) for b in range(B)]
+        return [pairs[i : i + self.batch] for i in range(0, len(pairs), self.batch)]
+
+    def cut(self, x, side, pairs):
+        """The windows of `pairs` out of canvas x, stacked."""
+        spans = [(b, *self.starts[side][w]) for b, w in pairs]
+        return torch.stack([x[b].narrow(side, start, n) for b, start, n in spans])
+
+    def paste(self, canvas, parts, side, pairs, weighted=True):
+        """Add the windows `parts` onto the canvas, each times its share."""
+        for part, (b, w) in zip(parts, pairs):
+            start, n = self.starts[side][w]
+            share = self.weights[side][w].to(part) if weighted else torch.ones(n).to(part)
+            canvas[b].narrow(side, start, n).add_(part * (share[:, None, None, None] if side == 0 else share))
+
+    def velocities(self, model, x, times):
+        """The model over the windows of x = [video, audio] at two noise levels -> velocities of the canvas's shapes."""
+        out = [torch.zeros_like(x[0]), torch.zeros_like(x[1])]
+        for pairs in self.batches(len(x[0])):
+            with fast_autocast(x[0].device):
+                t = [torch.full((len(pairs),), float(t), device=x[0].device) for t in times]
+                parts = model(self.cut(x[0], 0, pairs), self.cut(x[1], 1, pairs), *t)
+            for side in (0, 1):
+                self.paste(out[side], parts[side], side, pairs)
+        return out
+
+    def reconstruction_gradient(self, model, x, t, known, given):
+        """Eq. 3: [video, audio] predicted clean from x at t, and the gradient of ||known - its prediction||^2, summed over
+        elements, with respect to the other, noisy side. Across windows the squares are weighed by their blend shares."""
+        out, gradient = [torch.zeros_like(x[0]), torch.zeros_like(x[1])], torch.zeros_like(x[1 - given])
+        for pairs in self.batches(len(x[0])):
+            parts = [self.cut(x[side], side, pairs) for side in (0, 1)]
+            with torch.enable_grad():
+                parts[1 - given].requires_grad_(True)
+                level = torch.full((len(pairs),), float(t), device=x[0].device)
+                with fast_autocast(x[0].device):
+                    v = model(*parts, level, level)
+                x_0 = [denoise(part, v_part, t)[0] for part, v_part in zip(parts, v)]
+                shares = torch.stack([self.weights[given][w] for _, w in pairs]).to(x[0])
+                shares = shares[:, :, None, None, None] if given == 0 else shares[:, None]
+                error = (shares * (self.cut(known, given, pairs) - x_0[given]).square()).sum()
+                (pull,) = torch.autograd.grad(error, parts[1 - given])
+            for side in (0, 1):
+                self.paste(out[side], x_0[side].detach(), side, pairs)
+            self.paste(gradient, pull, 1 - given, pairs, weighted=False)
+        return out, gradient

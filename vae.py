@@ -1,0 +1,295 @@
+"""Frames <-> latents: the autoencoder of Stable Diffusion in plain PyTorch.
+
+The paper (Sec. 3, "Feature Extraction") encodes every video frame by itself with the Gaussian VAE of Stable Diffusion:
+8 times smaller in height and width, 4 channels. The architecture is CompVis' / diffusers' `AutoencoderKL`; one dataclass
+of sizes makes it the published 84 M parameter network (the defaults) or the small one in `weights/`.
+
+In this order: VAEConfig, the blocks, Encoder and Decoder, VAE (encode, decode), the training loss.
+Letters: B batch, T video frames, C latent channels, H W height and width of the latents, 8H 8W of the frames.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from cmmd import fast_autocast
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """Sizes of the autoencoder. The defaults are those of `stabilityai/sd-vae-ft-mse`.
+
+    channels: width of each level, the picture halves between two; blocks: residual blocks a level (the decoder has one
+    more); groups: of every GroupNorm; scale, shift: latents leave `encode` as (mean - shift) * scale, about N(0, 1)."""
+
+    channels: tuple = (128, 256, 512, 512)
+    blocks: int = 2
+    latent_channels: int = 4
+    groups: int = 32
+    scale: float = 0.18215
+    shift: float = 0.0
+
+    def __post_init__(self):
+        object.__setattr__(self, "channels", tuple(self.channels))
+        if not self.channels or any(c % self.groups for c in self.channels):
+            raise ValueError(f"VAE channels {self.channels} must each be a multiple of groups = {self.groups}")
+        if self.blocks < 1 or self.latent_channels < 1 or self.scale <= 0:
+            raise ValueError("VAE blocks and latent_channels must be at least 1, scale above 0")
+
+    @property
+    def factor(self):
+        """How many times smaller than the frames the latents are, per side."""
+        return 2 ** (len(self.channels) - 1)
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(SiLU(norm(conv(SiLU(norm(x)))))), with a 1x1 convolution on x where the width changes."""
+
+    def __init__(self, c_in, c_out, groups):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, c_in, eps=1e-6)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, c_out, eps=1e-6)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        return self.conv_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
+
+
+class Attention(nn.Module):
+    """Single-head self-attention over the positions of a feature map."""
+
+    def __init__(self, c, groups):
+        super().__init__()
+        self.group_norm = nn.GroupNorm(groups, c, eps=1e-6)
+        self.to_q, self.to_k, self.to_v = nn.Linear(c, c), nn.Linear(c, c), nn.Linear(c, c)
+        self.to_out = nn.ModuleList([nn.Linear(c, c)])
+
+    def forward(self, x):
+        N, C, H, W = x.shape
+        h = self.group_norm(x).flatten(2).transpose(1, 2)  # (N, C, H, W) -> (N, H*W, C)
+        h = F.scaled_dot_product_attention(*(f(h)[:, None] for f in (self.to_q, self.to_k, self.to_v)))[:, 0]
+        return x + self.to_out[0](h).transpose(1, 2).reshape(N, C, H, W)
+
+
+class Middle(nn.Module):
+    """Residual block, attention, residual block at the smallest size."""
+
+    def __init__(self, c, groups):
+        super().__init__()
+        self.resnets = nn.ModuleList([ResidualBlock(c, c, groups), ResidualBlock(c, c, groups)])
+        self.attentions = nn.ModuleList([Attention(c, groups)])
+
+    def forward(self, x):
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+
+
+class Downsample(nn.Module):
+    """Halve height and width: 3x3 convolution of stride 2, padded at the right and bottom only."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, stride=2)
+
+    def forward(self, x):
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Double height and width: nearest neighbour, then a 3x3 convolution."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """One level: residual blocks, then perhaps a change of size. Its parts are named as in the published weights."""
+
+    def __init__(self, c_in, c_out, blocks, groups, downsample=False, upsample=False):
+        super().__init__()
+        self.resnets = nn.ModuleList(ResidualBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(blocks))
+        if downsample:
+            self.downsamplers = nn.ModuleList([Downsample(c_out)])
+        if upsample:
+            self.upsamplers = nn.ModuleList([Upsample(c_out)])
+
+    def forward(self, x):
+        for module in [m for parts in self.children() for m in parts]:
+            x = module(x)
+        return x
+
+
+class Encoder(nn.Module):
+    """Frames (N, 3, 8H, 8W) -> mean and log-variance (N, 2C, H, W)."""
+
+    def __init__(self, config):
+        super().__init__()
+        widths, groups, last = config.channels, config.groups, len(config.channels) - 1
+        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList(
+            Level(widths[max(i - 1, 0)], c, config.blocks, groups, downsample=i < last) for i, c in enumerate(widths)
+        )
+        self.mid_block = Middle(widths[-1], groups)
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
+
+    def forward(self, x):
+        x = self.conv_in(x)
+        for level in self.down_blocks:
+            x = level(x)
+        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+
+
+class Decoder(nn.Module):
+    """Latents (N, C, H, W) -> frames (N, 3, 8H, 8W)."""
+
+    def __init__(self, config):
+        super().__init__()
+        widths, groups, last = config.channels[::-1], config.groups, len(config.channels) - 1
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.mid_block = Middle(widths[0], groups)
+        self.up_blocks = nn.ModuleList(
+            Level(widths[max(i - 1, 0)], c, config.blocks + 1, groups, upsample=i < last) for i, c in enumerate(widths)
+        )
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
+
+    def forward(self, x):
+        x = self.mid_block(self.conv_in(x))
+        for level in self.up_blocks:
+            x = level(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class VAE(nn.Module):
+    """The Gaussian autoencoder: `encode` frames to latents, `decode` them back, a few frames at a time."""
+
+    Config = VAEConfig
+
+    def __init__(self, config=VAEConfig()):
+        super().__init__()
+        self.config = config
+        C = config.latent_channels
+        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.quant_conv, self.post_quant_conv = nn.Conv2d(2 * C, 2 * C, 1), nn.Conv2d(C, C, 1)
+
+    def moments(self, x):
+        """Frames (N, 3, 8H, 8W) -> mean, log-variance of the latents, each (N, C, H, W), before scale and shift."""
+        mean, log_variance = self.quant_conv(self.encoder(x)).float().chunk(2, dim=1)
+        return mean, log_variance.clamp(-30.0, 20.0)
+
+    def reconstruct(self, z):
+        """Latents (N, C, H, W) before scale and shift -> frames (N, 3, 8H, 8W)."""
+        return self.decoder(self.post_quant_conv(z)).float()
+
+    @torch.no_grad()
+    def encode(self, frames, sample=False, generator=None, chunk=32):
+        """Frames (B, T, 3, 8H, 8W) in [-1, 1] -> latents (B, T, C, H, W), about zero mean and unit variance.
+
+        The mean of the Gaussian; with `sample` a draw from it. `chunk` frames at a time bound the memory."""
+        if frames.dim() != 5 or frames.shape[2] != 3 or any(n % self.config.factor for n in frames.shape[3:]):
+            raise ValueError(
+                f"encode needs frames (B, T, 3, H, W), H and W multiples of {self.config.factor}; got {tuple(frames.shape)}"
+            )
+
+        def one(x):
+            mean, log_variance = self.moments(x)
+            if sample:
+                noise = torch.randn(mean.shape, generator=generator).to(mean)
+                mean = mean + torch.exp(log_variance / 2) * noise
+            return (mean - self.config.shift) * self.config.scale
+
+        return _in_chunks(one, frames, chunk)
+
+    @torch.no_grad()
+    def decode(self, latents, chunk=16):
+        """Latents (B, T, C, H, W) as `encode` gives them -> frames (B, T, 3, 8H, 8W) in [-1, 1]."""
+        if latents.dim() != 5 or latents.shape[2] != self.config.latent_channels:
+            raise ValueError(
+                f"decode needs latents (B, T, {self.config.latent_channels}, H, W); got {tuple(latents.shape)}"
+            )
+        one = lambda z: self.reconstruct(z / self.config.scale + self.config.shift).clamp(-1, 1)
+        return _in_chunks(one, latents, chunk)
+
+
+def _in_chunks(function, x, chunk):
+    """function over x (B, T, ...) seen as one long row of frames, `chunk` at a time, in the fast arithmetic."""
+    rows = x.flatten(0, 1)  # (B, T, C, H, W) -> (B*T, C, H, W)
+    with fast_autocast(x.device):
+        done = [function(part.contiguous(memory_format=torch.channels_last)) for part in rows.split(chunk)]
+    return torch.cat(done).contiguous().unflatten(0, x.shape[:2])
+
+
+@torch.no_grad()
+def quick_start(vae, frames):
+    """Prepare a fresh VAE for a short training, in place (ours): start as "average 8x8 pixels, blur them up again", with
+    the gain and offset of each colour fitted to `frames` (N, 3, 8H, 8W) in [-1, 1].
+
+    One channel for each of R, G, B passes through every layer untouched, in a GroupNorm group of its own whose other
+    channels start with biases of +-2, so that the norms hide neither brightness nor contrast; residual branches start as
+    nothing and latents with little noise. From the usual initialisation the same training takes many times the steps."""
+    place = lambda width, k: k * (width // max(3, vae.config.groups)) if width > 3 else k
+    blur = torch.tensor([1.0, 2.0, 1.0]) / 4
+    for name, module in vae.named_modules():
+        kind = name.split(".")[-1]
+        if isinstance(module, ResidualBlock):
+            module.conv2.weight.zero_()
+            module.conv2.bias.zero_()
+        elif isinstance(module, Attention):
+            module.to_out[0].weight.zero_()
+        elif isinstance(module, nn.Conv2d) and kind in ("conv_in", "conv", "conv_shortcut", "conv_out"):
+            c_out, c_in, size, _ = module.weight.shape
+            latent = name in ("encoder.conv_out", "decoder.conv_in")
+            if kind == "conv_out":
+                module.weight.mul_(0.1)
+            else:
+                module.bias.copy_(2.0 - 4.0 * (torch.arange(c_out) % 2))
+            kernel = torch.zeros(size, size)
+            kernel[size // 2, size // 2] = 2.0 if name in ("decoder.conv_in", "decoder.conv_out") else 1.0
+            if "downsamplers" in name:
+                kernel = F.pad(torch.full((2, 2), 0.25), (0, 1, 0, 1))
+            elif "upsamplers" in name:
+                kernel = blur[:, None] * blur
+            for k in range(3):
+                row = k if kind == "conv_out" else place(c_out, k)
+                module.weight[row] = 0.0
+                module.weight[row, k if latent and kind == "conv_in" else place(c_in, k)] = kernel
+                module.bias[row] = -kernel.sum() * F.silu(torch.tensor(2.0)) if kind == "conv_out" else 0.0
+    for norm in (vae.encoder.conv_norm_out, vae.decoder.conv_norm_out):
+        norm.bias.fill_(2.0)  # SiLU is nearly straight there
+    for conv in (vae.quant_conv, vae.post_quant_conv):
+        conv.weight.copy_(torch.eye(len(conv.weight))[:, :, None, None])
+        conv.bias.zero_()
+    vae.quant_conv.weight[vae.config.latent_channels :] = 0.0
+    vae.quant_conv.bias[vae.config.latent_channels :] = -6.0
+    out = vae.reconstruct(vae.moments(frames)[0])
+    last = vae.decoder.conv_out
+    for k in range(3):
+        x, y = out[:, k].flatten(), frames[:, k].flatten()
+        gain = ((x - x.mean()) * (y - y.mean())).mean() / x.var()
+        last.weight[k] *= gain
+        last.bias[k] = gain * (last.bias[k] - x.mean()) + y.mean()
+    return vae
+
+
+def vae_loss(vae, frames, generator=None, kl_weight=1e-6):
+    """Training loss over frames (N, 3, 8H, 8W) in [-1, 1] -> loss, reconstruction (N, 3, 8H, 8W).
+
+    Squared and absolute error, the absolute error of the gradients at two scales, and a faint KL term (ours: the paper
+    uses published weights)."""
+    mean, log_variance = vae.moments(frames)
+    noise = torch.randn(mean.shape, generator=generator).to(mean)
+    with fast_autocast(frames.device):
+        out = vae.reconstruct(mean + torch.exp(log_variance / 2) * noise)
+    error = out - frames
+    gradients = sum(e.diff(dim=d).abs().mean() for e in (error, F.avg_pool2d(error, 2)) for d in (2, 3))
+    kl = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).sum(dim=(1, 2, 3)).mean()
+    return (error**2).mean() * 2 + error.abs().mean() + 0.25 * gradients + kl_weight * kl, out
