@@ -1,0 +1,502 @@
+"""The vocoder: wave -> log-mel -> wave, and what trains it.
+
+In this order: the sizes (`VocoderConfig`), the mel front end (`mel_filters`, `log_mel`), the generator (`Vocoder`), the
+discriminators (`Discriminator`), the losses, distances and the baseline without a network (`griffin_lim`), `load` for
+our own and for published weights, and the command `python vocoder.py convert IN OUT.safetensors`.
+
+Front end, generator and discriminators are those of MelGAN (Kumar et al. 2019, arXiv 1910.06711; reference code
+descriptinc/melgan-neurips), whose outputs they equal to within rounding; the losses are those of HiFi-GAN (Kong et al.
+2020, arXiv 2010.05646, Eq. 1-6), which the CMMD paper takes too (Sec. 3).
+
+Letters: `B` batch, `M` mel bins, `L` mel frames, `S` samples, `C` channels, `F` frequency bins.
+Waves are float (B, S) in [-1, 1]; mels are log10 of a magnitude, float (B, M, L), between -5 and about 2.
+"""
+
+import argparse
+import math
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize
+
+FLOOR = 1e-5  # magnitudes below it count as silence: log10 -> -5
+SLOPE = 0.2  # of every leaky ReLU
+
+
+@dataclass(frozen=True)
+class VocoderConfig:
+    """Sizes of the mel front end (the first six) and of the generator. The window is as long as `n_fft`.
+
+    Raises ValueError for values that don't fit together; `ratios`, the upsampling factors, must multiply to `hop`.
+    """
+
+    sample_rate: int = 16000  # Hz
+    n_fft: int = 512  # samples, 32 ms
+    hop: int = 256  # samples, 16 ms
+    mel_bins: int = 80
+    f_min: float = 0.0  # Hz
+    f_max: float = 8000.0  # Hz
+    base: int = 32  # channels at full rate; twice as many at each lower rate
+    ratios: tuple = (8, 8, 2, 2)
+    residual_blocks: int = 3  # per rate, dilations 1, 3, 9, ...
+
+    def __post_init__(self):
+        object.__setattr__(self, "ratios", tuple(self.ratios))  # JSON has lists only
+        for name in ("sample_rate", "n_fft", "hop", "mel_bins", "base", "residual_blocks"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"VocoderConfig: {name} is {getattr(self, name)}, expected at least 1")
+        if not self.ratios or math.prod(self.ratios) != self.hop:
+            raise ValueError(f"VocoderConfig: ratios {self.ratios} multiply to {math.prod(self.ratios)}, "
+                             f"not to hop {self.hop}")
+        if self.n_fft < self.hop:
+            raise ValueError(f"VocoderConfig: n_fft {self.n_fft} is shorter than hop {self.hop}: samples are skipped")
+        if not 0 <= self.f_min < self.f_max <= self.sample_rate / 2:
+            raise ValueError(f"VocoderConfig: f_min {self.f_min} and f_max {self.f_max} must satisfy "
+                             f"0 <= f_min < f_max <= {self.sample_rate / 2:g} (half the sample rate)")
+
+
+# ---------------------------------------------------------------------------------------------------- mel front end
+def _hz_to_mel(hz):
+    """Slaney's scale: 15 mel at 1000 Hz, linear below, logarithmic above (27 mel from 1000 to 6400 Hz)."""
+    hz = torch.as_tensor(hz, dtype=torch.float64)
+    return torch.where(hz < 1000, hz * 0.015, 15 + 27 * torch.log(hz.clamp(min=1) / 1000) / math.log(6.4))
+
+
+def _mel_to_hz(mel):
+    """Inverse of `_hz_to_mel`."""
+    return torch.where(mel < 15, mel / 0.015, 1000 * torch.exp((mel - 15) * math.log(6.4) / 27))
+
+
+def mel_filters(config):
+    """Triangular filters (M, n_fft//2 + 1) float32, evenly spaced on Slaney's scale, each of unit area over Hz.
+
+    Equals `librosa.filters.mel(sr, n_fft, n_mels, fmin, fmax)` with its defaults.
+    """
+    low, high = _hz_to_mel([config.f_min, config.f_max]).tolist()
+    corners = _mel_to_hz(torch.linspace(low, high, config.mel_bins + 2, dtype=torch.float64))  # (M+2,) Hz
+    bins = torch.arange(config.n_fft // 2 + 1, dtype=torch.float64) * config.sample_rate / config.n_fft  # (F,) Hz
+    left, centre, right = corners[:-2, None], corners[1:-1, None], corners[2:, None]
+    rising, falling = (bins - left) / (centre - left), (right - bins) / (right - centre)
+    return (torch.minimum(rising, falling).clamp(min=0) * 2 / (right - left)).float()
+
+
+def _spectrum(padded, config):
+    """Complex STFT of an already padded wave, periodic Hann window: (B, S + n_fft - hop) -> (B, F, S//hop)."""
+    window = torch.hann_window(config.n_fft, device=padded.device)
+    return torch.stft(padded, config.n_fft, config.hop, window=window, center=False, return_complex=True)
+
+
+def log_mel(wave, config):
+    """Wave (B, S) in [-1, 1] -> log10 mel magnitude (B, M, S//hop), floored at log10(1e-5) = -5; differentiable.
+
+    Frame j is centred at (j + 1/2) * hop / sample_rate seconds: the wave is mirrored by (n_fft - hop)/2 at either end.
+    Equals the `Audio2Mel` of melgan-neurips. Always float32, also under autocast.
+    Raises ValueError for other shapes, integers, and waves too short for one frame or for the mirror.
+    """
+    if wave.ndim != 2 or not wave.is_floating_point():
+        raise ValueError(f"log_mel: expected a float wave (B, S) in [-1, 1], got {wave.dtype} {tuple(wave.shape)}")
+    total = config.n_fft - config.hop
+    least = max(config.hop, total - total // 2 + 1)
+    if wave.shape[1] < least:
+        raise ValueError(f"log_mel: {wave.shape[1]} samples are too few, at least {least} are needed")
+    with torch.autocast(wave.device.type, enabled=False):
+        padded = F.pad(wave.float(), (total // 2, total - total // 2), mode="reflect")
+        magnitude = _spectrum(padded, config).abs()  # (B, F, L)
+        return (mel_filters(config).to(wave.device) @ magnitude).clamp(min=FLOOR).log10()
+
+
+# -------------------------------------------------------------------------------------------------------- networks
+def add_weight_norm(module):
+    """Reparametrise every convolution inside `module` as length times direction, for training; returns `module`."""
+    for part in module.modules():
+        if isinstance(part, (nn.Conv1d, nn.ConvTranspose1d)) and not parametrize.is_parametrized(part):
+            parametrizations.weight_norm(part)
+    return module
+
+
+def fold_weight_norm(tensors):
+    """A state dict with weight norm folded: length * direction / |direction|, the norm over all but the first axis.
+
+    Knows torch's present names (`parametrizations.weight.original0`, `original1`) and the old (`weight_g`, `weight_v`).
+    """
+    folded = dict(tensors)
+    for name in tensors:
+        for length, direction in (("parametrizations.weight.original0", "parametrizations.weight.original1"),
+                                  ("weight_g", "weight_v")):
+            stem = name.removesuffix(length)
+            if stem != name and stem + direction in tensors:
+                g, v = folded.pop(name).float(), folded.pop(stem + direction).float()
+                folded[stem + "weight"] = g * v / v.norm(dim=tuple(range(1, v.ndim)), keepdim=True)
+    return folded
+
+
+def _activate(x, mirror=0):
+    """Leaky ReLU, first mirroring `mirror` samples at either end; without a mirror in place: x's last use."""
+    return F.leaky_relu(F.pad(x, (mirror, mirror), mode="reflect") if mirror else x, SLOPE, inplace=True)
+
+
+class ResidualBlock(nn.Module):
+    """x (B, C, S) -> shortcut(x) + convolutions(x), same shape; sees `dilation` samples to either side."""
+
+    def __init__(self, channels, dilation):
+        super().__init__()
+        self.dilated = nn.Conv1d(channels, channels, 3, dilation=dilation)
+        self.mix = nn.Conv1d(channels, channels, 1)
+        self.shortcut = nn.Conv1d(channels, channels, 1)
+
+    def forward(self, x):
+        y = self.mix(_activate(self.dilated(_activate(x, self.dilated.dilation[0]))))
+        return y.add_(self.shortcut(x))
+
+
+class Vocoder(nn.Module):
+    """MelGAN's generator. `Vocoder(config)(mel (B, M, L))` -> wave (B, L*hop) in [-1, 1].
+
+    Built without weight norm: training adds it with `add_weight_norm(vocoder)`; files hold `vocoder.folded()`.
+    Initialised as PyTorch does, which is also what the original effectively trains from (its normal(0, 0.02) is written
+    into tensors that weight norm recomputes before their first use).
+    """
+
+    Config = VocoderConfig
+
+    def __init__(self, config=VocoderConfig()):
+        super().__init__()
+        self.config = config
+        width = config.base * 2 ** len(config.ratios)
+        self.first = nn.Conv1d(config.mel_bins, width, 7, padding=3, padding_mode="reflect")
+        self.ups, self.blocks = nn.ModuleList(), nn.ModuleList()
+        for r in config.ratios:  # kernel 2r, stride r, and a padding that makes the output exactly r times as long
+            self.ups.append(nn.ConvTranspose1d(width, width // 2, 2 * r, r, padding=(r + 1) // 2, output_padding=r % 2))
+            width //= 2
+            self.blocks.append(nn.Sequential(*(ResidualBlock(width, 3**j) for j in range(config.residual_blocks))))
+        self.last = nn.Conv1d(width, 1, 7)
+
+    @property
+    def context(self):
+        """Mel frames to either side of a frame that its samples can depend on: 7 for ratios (8, 8, 2, 2), 3 blocks."""
+        reach = 3  # samples, of the last convolution
+        for r in reversed(self.config.ratios):
+            reach = math.ceil((reach + sum(3**j for j in range(self.config.residual_blocks))) / r) + 1
+        return reach + 3
+
+    @property
+    def least_frames(self):
+        """The shortest mel that `forward` can mirror at its ends."""
+        return max(4, 3 ** (self.config.residual_blocks - 1) // self.config.ratios[0] + 1)
+
+    def forward(self, mel):
+        """Mel (B, M, L) as `log_mel` gives it -> wave (B, L*hop) float32. Raises ValueError for other shapes."""
+        if mel.ndim != 3 or mel.shape[1] != self.config.mel_bins or mel.shape[2] < self.least_frames:
+            raise ValueError(f"Vocoder: expected a mel (B, {self.config.mel_bins}, L), L at least {self.least_frames}, "
+                             f"got {tuple(mel.shape)}")
+        x = self.first(mel)  # (B, C, L)
+        for up, blocks in zip(self.ups, self.blocks):
+            x = blocks(up(_activate(x)))  # (B, C, S) -> (B, C/2, S*r)
+        return torch.tanh(self.last(_activate(x, 3)).float())[:, 0]  # (B, 1, S) -> (B, S)
+
+    @torch.no_grad()
+    def decode(self, mel, chunk=256):
+        """`forward` without gradients for any L >= 1, `chunk` frames at a time, so that memory does not grow with L.
+
+        Each chunk sees `context` frames more to either side, so the result is `forward`'s up to rounding. A mel shorter
+        than `least_frames` is lengthened by its last frame first.
+        """
+        B, _, L = mel.shape
+        hop, context = self.config.hop, self.context
+        if 0 < L < self.least_frames:
+            return self(F.pad(mel, (0, self.least_frames - L), mode="replicate"))[:, : L * hop]
+        wave = torch.empty(B, L * hop, device=mel.device)
+        for start in range(0, L, chunk):
+            stop, left = min(start + chunk, L), max(start - context, 0)
+            piece = self(mel[:, :, left : stop + context])
+            wave[:, start * hop : stop * hop] = piece[:, (start - left) * hop : (stop - left) * hop]
+        return wave
+
+    def mel(self, wave):
+        """`log_mel(wave, self.config)`: (B, S) -> (B, M, S//hop)."""
+        return log_mel(wave, self.config)
+
+    def folded(self):
+        """A copy without weight norm, computing the same, as files hold it: `cmmd.save(path, vocoder.folded())`."""
+        plain = Vocoder(self.config).to(self.last.bias.device)
+        plain.load_state_dict(fold_weight_norm(self.state_dict()))
+        return plain.train(self.training)
+
+
+@dataclass(frozen=True)
+class DiscriminatorConfig:
+    """Sizes of MelGAN's multi-scale discriminator; the defaults are the original's (16.9 M parameters)."""
+
+    scales: int = 3  # full rate, half, quarter
+    base: int = 16  # channels of the first layer, a multiple of 4
+    layers: int = 4  # strided layers, each multiplying the channels by `stride`
+    stride: int = 4
+    max_channels: int = 1024
+
+    def __post_init__(self):
+        if min(self.scales, self.layers, self.stride, self.base) < 1 or self.base % 4 or self.max_channels % self.base:
+            raise ValueError(f"DiscriminatorConfig: base must be a multiple of 4 that divides max_channels, got {self}")
+
+
+class Discriminator(nn.Module):
+    """MelGAN's multi-scale discriminator, weight-normed. Wave (B, S) -> per scale, a list of features (B, C, S').
+
+    The last feature of each scale is its score (B, 1, S'): 1 for real and 0 for made, under the losses below.
+    """
+
+    Config = DiscriminatorConfig
+
+    def __init__(self, config=DiscriminatorConfig()):
+        super().__init__()
+        self.config = config
+        self.scales = add_weight_norm(nn.ModuleList(self._scale(config) for _ in range(config.scales)))
+
+    @staticmethod
+    def _scale(c):
+        """The convolutions of one scale: wide, `layers` strided and grouped ones, two at the lowest rate."""
+        convs = [nn.Conv1d(1, c.base, 15, padding=7, padding_mode="reflect")]
+        width = c.base
+        for _ in range(c.layers):
+            wider = min(width * c.stride, c.max_channels)
+            convs.append(nn.Conv1d(width, wider, 10 * c.stride + 1, c.stride, padding=5 * c.stride, groups=width // 4))
+            width = wider
+        wider = min(width * 2, c.max_channels)
+        return nn.ModuleList([*convs, nn.Conv1d(width, wider, 5, padding=2), nn.Conv1d(wider, 1, 3, padding=1)])
+
+    def forward(self, wave):
+        x, results = wave[:, None], []  # (B, S) -> (B, 1, S)
+        for convs in self.scales:
+            features = [x]
+            for conv in convs[:-1]:
+                features.append(_activate(conv(features[-1])))
+            results.append([*features[1:], convs[-1](features[-1])])
+            x = F.avg_pool1d(x, 4, stride=2, padding=1, count_include_pad=False)  # (B, 1, S) -> (B, 1, S/2)
+        return results
+
+
+# ---------------------------------------------------------------------------------------- losses, distances, baseline
+def discriminator_loss(real, fake):
+    """Least squares, HiFi-GAN Eq. 1, summed over scales: mean (score(real) - 1)^2 + mean score(fake)^2.
+
+    `real` and `fake` are the discriminator's results for the true wave and for the generator's, detached.
+    """
+    return sum((r[-1].float() - 1).square().mean() + f[-1].float().square().mean() for r, f in zip(real, fake))
+
+
+def mel_loss(output, wave, config):
+    """HiFi-GAN Eq. 3: mean absolute difference of the natural-log mels of two waves (B, S). Scalar.
+
+    HiFi-GAN takes natural logarithms, our mel log10: hence the factor ln 10.
+    """
+    return F.l1_loss(log_mel(output, config), log_mel(wave, config)) * math.log(10)
+
+
+class GeneratorLoss(NamedTuple):
+    """`total` = adversarial + 2 features + 45 mel; the parts are unweighted."""
+
+    total: torch.Tensor
+    adversarial: torch.Tensor
+    features: torch.Tensor
+    mel: torch.Tensor
+
+
+def generator_loss(real, fake, wave, output, config, feature_weight=2.0, mel_weight=45.0):
+    """HiFi-GAN Eq. 2, 3, 4 and 5: how far `output` (B, S) is from passing for `wave` (B, S).
+
+    `real`, `fake` are the discriminator's results for the two. Features are matched over every layer, the score
+    included, and summed over layers and scales, as HiFi-GAN does; gradients flow through `output` and `fake` only.
+    """
+    adversarial = sum((f[-1].float() - 1).square().mean() for f in fake)
+    features = sum(F.l1_loss(b.float(), a.detach().float()) for r, f in zip(real, fake) for a, b in zip(r, f))
+    mel = mel_loss(output, wave, config)
+    return GeneratorLoss(adversarial + feature_weight * features + mel_weight * mel, adversarial, features, mel)
+
+
+def multi_resolution_stft(output, wave):
+    """Distance (B,) of two waves (B, S), not symmetric: `wave` is the truth. 0 for equal ones, about 1 if good.
+
+    Spectral convergence plus mean absolute natural-log magnitude difference, averaged over three resolutions; windows,
+    hops and floor of Parallel WaveGAN (arXiv 1910.11480, Eq. 4-6). Raises ValueError if shapes differ or S < 1025.
+    """
+    if output.shape != wave.shape or wave.ndim != 2 or wave.shape[1] < 1025:
+        raise ValueError(f"multi_resolution_stft: expected two waves (B, S), S at least 1025, "
+                         f"got {tuple(output.shape)} and {tuple(wave.shape)}")
+    total = 0
+    for n_fft, hop, window in ((1024, 120, 600), (2048, 240, 1200), (512, 50, 240)):  # samples
+        hann = torch.hann_window(window, device=wave.device)
+        a, b = (torch.stft(x.float(), n_fft, hop, window, hann, return_complex=True).abs().clamp(min=1e-7**0.5)
+                for x in (output, wave))  # (B, F, L)
+        convergence = (b - a).flatten(1).norm(dim=1) / b.flatten(1).norm(dim=1)
+        total = total + convergence + (b.log() - a.log()).abs().flatten(1).mean(1)
+    return total / 3
+
+
+def _overlap_add(spectrum, config):
+    """Least-squares inverse of `_spectrum`: (B, F, L) -> (B, L*hop + n_fft - hop)."""
+    L, n = spectrum.shape[2], config.n_fft
+    window = torch.hann_window(n, device=spectrum.device)[:, None]  # (n_fft, 1)
+    frames = torch.fft.irfft(spectrum, n, dim=1) * window  # (B, n_fft, L)
+    size = dict(output_size=(1, n + (L - 1) * config.hop), kernel_size=(1, n), stride=(1, config.hop))
+    weight = F.fold(window.square().expand(n, L)[None], **size)  # (1, 1, 1, S + n_fft - hop)
+    return (F.fold(frames, **size) / weight.clamp(min=1e-8))[:, 0, 0]
+
+
+@torch.no_grad()
+def griffin_lim(mel, config, iterations=32, seed=0, momentum=0.99):
+    """The baseline: mel (B, M, L) -> wave (B, L*hop), no network (Griffin and Lim 1984; momentum: Perraudin 2013).
+
+    Magnitudes are the non-negative ones that the mel fits best (100 multiplicative updates); phases start at random.
+    """
+    filters = mel_filters(config).to(mel.device)  # (M, F)
+    target = 10 ** mel.float()
+    magnitude = filters.T @ target + 1e-8  # (B, F, L)
+    for _ in range(100):
+        magnitude = magnitude * (filters.T @ target) / (filters.T @ (filters @ magnitude) + 1e-8)
+    turns = torch.rand(magnitude.shape, generator=torch.Generator().manual_seed(seed)).to(mel.device)
+    phase, before = torch.polar(torch.ones_like(turns), 2 * math.pi * turns), 0
+    for _ in range(iterations):
+        now = _spectrum(_overlap_add(magnitude * phase, config), config)
+        phase = now - momentum / (1 + momentum) * before
+        phase, before = phase / phase.abs().clamp(min=1e-12), now
+    start = (config.n_fft - config.hop) // 2
+    return _overlap_add(magnitude * phase, config)[:, start : start + mel.shape[2] * config.hop]
+
+
+# ----------------------------------------------------------------------------------------------------------- files
+KNOWN_FILES = {  # a piece of a tensor's name -> what a file with it looks like
+    "disc_": "MelGAN's discriminator (the generator is needed)",
+    "conv_pre": "a HiFi-GAN generator",
+    "melgan.": "ParallelWaveGAN's MelGAN, another layout",
+    "first.": "a cmmd vocoder without its header",
+    "quant_conv": "an image autoencoder (see vae.py)",
+}
+
+
+def load(path, **mel_settings):
+    """A `Vocoder` in evaluation mode, from one of our safetensors files or from a melgan-neurips generator state dict.
+
+    The latter (`.pt` or `.safetensors`, weight-normed by torch's old or new names, or folded) doesn't say which mel it
+    was trained on: where `mel_settings` doesn't give these fields of `VocoderConfig`, the original's are assumed
+    (sample_rate=22050, n_fft=1024, f_min=0, f_max=half the sample rate). Every other size is read off the tensors.
+    Raises ValueError, in one line, for a file that is missing or holds anything else.
+    """
+    tensors, ours = _read(path)
+    if ours:
+        if mel_settings:
+            raise ValueError(f"{path}: carries its own mel settings, {', '.join(mel_settings)} cannot be given")
+        from cmmd import load as load_ours
+        return load_ours(path, Vocoder)
+    tensors = fold_weight_norm(tensors)
+    try:
+        config = _sizes(tensors, mel_settings)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    names = _published_names(config)
+    missing, extra = [n for n in names if n not in tensors], [n for n in tensors if n not in names]
+    if missing or extra:
+        hints = [text for piece, text in KNOWN_FILES.items() if any(piece in n for n in tensors)]
+        looks = hints[0] if hints else "another network" if len(missing) == len(names) else "a changed MelGAN generator"
+        raise ValueError(f"{path}: not a MelGAN generator's state dict, it looks like {looks}; "
+                         f"missing: {_first_few(missing)}; extra: {_first_few(extra)}")
+    vocoder = Vocoder(config)
+    wanted = vocoder.state_dict()
+    for theirs, name in names.items():
+        if tensors[theirs].shape != wanted[name].shape:
+            raise ValueError(f"{path}: {theirs} is {tuple(tensors[theirs].shape)}, the other tensors imply "
+                             f"{tuple(wanted[name].shape)}")
+    vocoder.load_state_dict({name: tensors[theirs] for theirs, name in names.items()})
+    return vocoder.eval()
+
+
+def _read(path):
+    """The tensors of a `.safetensors` file or of a pickled state dict, by name, and whether the file is one of ours."""
+    from safetensors import safe_open
+    try:
+        if Path(path).suffix == ".safetensors":
+            with safe_open(str(path), "pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}, "class" in (file.metadata() or {})
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: there is no such file") from None
+    except Exception as error:  # whatever a damaged or foreign file provokes
+        raise ValueError(f"{path}: neither a safetensors file nor a pickled state dict of nothing but tensors "
+                         f"({type(error).__name__})") from None
+    for key in ("state_dict", "generator", "model"):  # a training checkpoint around it
+        content = content[key] if isinstance(content, dict) and isinstance(content.get(key), dict) else content
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds a {type(content).__name__}, expected a state dict of tensors")
+    tensors = {str(name).removeprefix("module."): x for name, x in content.items() if isinstance(x, torch.Tensor)}
+    if not tensors:
+        raise ValueError(f"{path}: a dict of {_first_few(map(str, content))}, expected a state dict of tensors")
+    return tensors, False
+
+
+def _sizes(tensors, mel_settings):
+    """The config that the folded tensors of a melgan-neurips generator imply; its published one if they don't tell."""
+    unknown = set(mel_settings) - {"sample_rate", "n_fft", "f_min", "f_max"}
+    if unknown:
+        raise ValueError(f"{_first_few(sorted(unknown))}: read off the tensors, cannot be given")
+    mel = dict(sample_rate=22050, n_fft=1024) | mel_settings
+    mel.setdefault("f_max", mel["sample_rate"] / 2)
+    places = sorted({int(n.split(".")[1]) for n in tensors if re.fullmatch(r"model\.\d+\.(weight|bias)", n)})
+    parts = [tensors.get(f"model.{i}.weight", torch.empty(0)) for i in places]  # those outside residual blocks
+    if len(parts) < 3 or any(x.ndim != 3 for x in parts):
+        return VocoderConfig(**mel)
+    first, *ups, last = parts
+    ratios = tuple(x.shape[2] // 2 for x in ups)  # kernels are twice the ratio
+    return VocoderConfig(mel_bins=first.shape[1], base=last.shape[1], ratios=ratios, hop=math.prod(ratios),
+                         residual_blocks=places[-1] - 3 - places[-2], **mel)
+
+
+def _published_names(config):
+    """Tensor names of a folded melgan-neurips generator, whose layers are numbered through -> ours."""
+    ours, index = {"first": "model.1"}, 2  # 0 is a padding
+    for i in range(len(config.ratios)):
+        ours[f"ups.{i}"] = f"model.{index + 1}"  # after an activation
+        for j in range(config.residual_blocks):
+            for name, place in (("dilated", "block.2"), ("mix", "block.4"), ("shortcut", "shortcut")):
+                ours[f"blocks.{i}.{j}.{name}"] = f"model.{index + 2 + j}.{place}"
+        index += 2 + config.residual_blocks
+    ours["last"] = f"model.{index + 2}"  # after an activation and a padding
+    return {f"{theirs}.{kind}": f"{name}.{kind}" for name, theirs in ours.items() for kind in ("weight", "bias")}
+
+
+def _first_few(names, count=4):
+    names = list(names)
+    return (", ".join(names[:count]) or "none") + (f", ... ({len(names)} in all)" if len(names) > count else "")
+
+
+def main(arguments=None):
+    """The command line: `python vocoder.py convert IN OUT.safetensors`. Exit status 2 and one line for bad input."""
+    parser = argparse.ArgumentParser(description="Vocoder weights.")
+    convert = parser.add_subparsers(required=True, metavar="convert").add_parser(
+        "convert", help="melgan-neurips generator weights (or ours) -> our safetensors file")
+    convert.add_argument("source", metavar="IN", help="state dict, .pt or .safetensors")
+    convert.add_argument("target", metavar="OUT.safetensors")
+    for name, kind, text in (("sample_rate", int, "Hz (22050)"), ("n_fft", int, "samples (1024)"),
+                             ("f_min", float, "Hz (0)"), ("f_max", float, "Hz (half the sample rate)")):
+        convert.add_argument("--" + name.replace("_", "-"), type=kind, default=argparse.SUPPRESS,
+                             help=f"the mel that IN was trained on, {text}")
+    options = vars(parser.parse_args(arguments))
+    source, target = options.pop("source"), options.pop("target")
+    try:
+        if Path(target).suffix != ".safetensors":
+            raise ValueError(f"{target}: the output's name must end in .safetensors")
+        vocoder = load(source, **options)
+        from cmmd import save
+        save(target, vocoder)
+    except ValueError as error:
+        print(f"vocoder.py: {error}", file=sys.stderr)
+        return 2
+    print(f"{target}: {sum(x.numel() for x in vocoder.parameters()) / 1e6:.1f} M parameters, {vocoder.config}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
