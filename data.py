@@ -1,0 +1,590 @@
+"""Media in and out, and synthetic worlds. In this order:
+
+  what a file holds   Media, probe: its streams, length and start; check_output: can this path be written
+  reading             Video (a file's frames, chunk by chunk), read_video, read_audio
+  writing             write_clip (frames and sound), add_audio (a file's own picture with a new sound)
+  worlds              procedural clips whose event times are known
+
+Everything goes through the ffmpeg binary that imageio-ffmpeg brings, so whatever ffmpeg reads, we read; it crops and
+scales, so that no whole file is ever held at full size. A clip starts where its picture starts, or, if it has none,
+where its sound starts; all times are in seconds from there.
+
+Letters: T video frames, H W height and width, S samples. Frames are uint8 (T, H, W, 3), waves float32 (S,) in [-1, 1].
+"""
+
+import math
+import os
+import re
+import subprocess
+import tempfile
+import threading
+import warnings
+from pathlib import Path
+from queue import Queue
+from typing import NamedTuple
+
+import numpy as np
+
+from cmmd import atomic
+
+VIDEO_TYPES = {  # by extension: codec of the picture, codec of the sound, what else the format wants
+    ".mp4": ("libx264 -crf 18 -preset fast", "aac -ar 48000 -b:a 128k", "-movflags +faststart"),
+    ".mov": ("libx264 -crf 18 -preset fast", "aac -ar 48000 -b:a 128k", "-movflags +faststart"),
+    ".mkv": ("libx264 -crf 18 -preset fast", "libopus -b:a 96k", ""),
+    ".webm": ("libvpx-vp9 -crf 24 -b:v 0 -deadline realtime -cpu-used 6 -row-mt 1", "libopus -b:a 96k", ""),
+    ".gif": ("gif", "", ""),
+}
+SOUND_TYPES = (".wav", ".flac")
+COPIED = {  # pictures that each container takes as they are; any other is encoded anew
+    ".mp4": ("h264", "hevc", "av1", "mpeg4", "vp9"),
+    ".mov": ("h264", "hevc", "mpeg4", "prores", "mjpeg"),
+    ".mkv": ("h264", "hevc", "av1", "mpeg4", "vp8", "vp9", "mpeg2video", "mpeg1video", "mjpeg", "prores", "ffv1"),
+    ".webm": ("vp8", "vp9", "av1"),
+}
+NO_TIME = -(2**63)  # what ffmpeg prints for a packet without a time
+TIE = 0.0005  # s; two frames this nearly as near are a tie: containers round times to 1 ms
+
+
+# ---- What a file holds
+
+
+class Media(NamedTuple):
+    """What `probe` found: seconds (by the header; None where it does not say), is there a picture, a sound, the
+    picture's codec (None without one), does it carry a rotation, and the clip's start on the file's own clock."""
+
+    seconds: float | None
+    video: bool
+    audio: bool
+    codec: str | None
+    rotated: bool
+    start: float
+
+
+def probe(path):
+    """What the media file at `path` holds -> Media. Of several streams the first counts; cover art is no picture.
+
+    ValueError, in one line, if there is no such file or nothing in it that decodes."""
+    path = _existing(path)
+    text = _first_frame(path, "v")
+    pictures = re.findall(r"Stream #0:\d+\S*: Video: (?!none)(\w+)(?!.*attached pic)", text)
+    sound = re.search(r"Stream #0:\d+\S*: Audio: (?!none)", text) is not None
+    if "Input #0, tty" in text or not re.search(r"Stream #0:\d+", text):
+        raise ValueError(f"{path}: no media file, or its header is damaged or cut off ({_reason(text)}); "
+                         "give a video or sound file that plays, or copy it again")
+    if not pictures and not sound:
+        raise ValueError(f"{path}: holds neither a picture nor a sound; give a video or sound file")
+    started = text if pictures else _first_frame(path, "a")
+    start = re.search(r"showinfo.* n: *0 pts: *(-?\d+|NOPTS)", started)
+    if start is None:
+        raise ValueError(f"{path}: its {'picture' if pictures else 'sound'} cannot be decoded ({_reason(started)}); "
+                         "give a file that plays, or copy it again")
+    length = re.search(r"Duration: (\d+):(\d+):([\d.]+)", text)
+    seconds = sum(float(n) * unit for n, unit in zip(length.groups(), (3600, 60, 1))) if length else None
+    return Media(seconds, bool(pictures), sound, (pictures or [None])[0], "rotation of" in text,
+                 0.0 if start[1] == "NOPTS" else int(start[1]) / 1e6)
+
+
+def _first_frame(path, kind):
+    """What ffmpeg says about a file and its first frame of kind "v" (pictures) or "a" (sounds)."""
+    show = "settb=1/1000000,showinfo" if kind == "v" else "asettb=1/1000000,ashowinfo"
+    stream = ["-map", "0:V:0?" if kind == "v" else "0:a:0", f"-{kind}f", show, f"-frames:{kind}", "1"]
+    return _run(["-copyts", *_source(path), *stream, "-f", "null", "-"], check=False).stderr.decode(errors="replace")
+
+
+def check_output(path, types):
+    """Path(path) if it ends in one of `types` and its folder can be written, else ValueError in one line."""
+    path = Path(path)
+    if path.suffix.lower() not in types:
+        raise ValueError(f"{path}: cannot write files of type {path.suffix or '(none)'!r}; use {' '.join(types)}")
+    try:
+        with atomic(path):
+            raise InterruptedError  # the folder takes files: leave it, and the path, as they were
+    except InterruptedError:
+        return path
+
+
+def _existing(path):
+    """Path(path), or ValueError if no file of any content is there."""
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder; give one video or sound file")
+    try:
+        with open(path, "rb") as file:
+            head = file.read(64)
+    except OSError as error:
+        reason = "there is no such file" if not path.exists() else f"cannot be read ({error.strerror})"
+        raise ValueError(f"{path}: {reason}; check the path") from None
+    if not head:
+        raise ValueError(f"{path}: is empty (0 bytes); copy or download it again")
+    if head.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{path}: is a git-LFS pointer, not the file itself; fetch it with: git lfs pull")
+    return path
+
+
+# ---- Reading
+
+
+class Video:
+    """A file's frames at `fps`: iterate for chunks uint8 (n, size, size, 3), n <= chunk; `seconds` is exact afterwards.
+
+    Frame k is the source frame shown nearest to (k + 1/2)/fps after the clip's start (the earlier of two as near),
+    whatever the source's rate, constant or not; there are ceil(seconds * fps). Rotation is applied, pixels are square,
+    the centre square is cropped. `start` and `seconds` (s) choose a stretch. What cannot be decoded is replaced by the
+    nearest frames, with a warning that says how much is missing. ValueError, in one line, for what has no picture."""
+
+    def __init__(self, path, fps=10, size=64, start=0.0, seconds=None, chunk=64):
+        if not fps > 0 or size < 1 or start < 0 or (seconds is not None and not seconds > 0):
+            raise ValueError(f"fps {fps}, size {size}, seconds {seconds} must be above 0 and start {start} not below")
+        self.path, self.fps, self.size, self.start, self.chunk, self.limit = path, fps, size, start, chunk, seconds
+        self.media = probe(path)
+        if not self.media.video:
+            raise ValueError(f"{path}: has no picture, only sound; give a video file, or pass it as audio")
+        self.seconds = self.media.seconds  # by the header, until the frames have been read
+
+    def __iter__(self):
+        chunk = []
+        for frame in self._sampled():
+            chunk.append(frame)
+            if len(chunk) == self.chunk:
+                yield self._stack(chunk)
+                chunk = []
+        if chunk:
+            yield self._stack(chunk)
+
+    def _stack(self, frames):
+        return np.frombuffer(b"".join(frames), np.uint8).reshape(-1, self.size, self.size, 3)
+
+    def _sampled(self):
+        """Yield the bytes of frame 0, 1, ...: each source frame lasts until half-way to the next one's time."""
+        log, k, end, missing, last = {"errors": 0, "damaged": 0}, 0, 0.0, 0.0, None
+        most = math.inf if self.limit is None else _frame_count(self.limit, self.fps)
+        for time, duration, frame in _decode(self.path, self.media, self.size, self.start, log):
+            if last is not None:
+                missing += max(0.0, time - end) if time > max(end, 0.0) + 0.5 * duration else 0.0
+                turn = (last_time + time) / 2 + TIE
+                while k < most and (k + 0.5) / self.fps <= turn:
+                    yield last
+                    k += 1
+                if k == most:
+                    break
+            last, last_time, end = frame, time, time + (duration or 1 / self.fps)
+        if last is None or end <= 0:
+            raise ValueError(f"{self.path}: no picture from {self.start:g} s on; it is {self.seconds or 0:g} s long")
+        whole = self.media.seconds - self.start if self.media.seconds and k < most else end
+        self.seconds = end if self.limit is None else min(end, self.limit)
+        for _ in range(k, max(1, _frame_count(self.seconds, self.fps))):
+            yield last
+        _warn(self.path, "picture", log, missing + max(0.0, whole - end), max(whole, end))
+
+
+def read_video(path, fps=10, size=64, start=0.0, seconds=None):
+    """All frames of a video file, as `Video` samples them -> uint8 (T, size, size, 3), T = ceil(duration * fps)."""
+    return np.concatenate(list(Video(path, fps, size, start, seconds)))
+
+
+def read_audio(path, sample_rate=16000, start=0.0, seconds=None):
+    """The sound of a video or sound file, mixed to one channel -> float32 (S,) in [-1, 1] at sample_rate.
+
+    It starts where the clip does: silence stands where a picture starts before its sound and in gaps. `start` and
+    `seconds` choose a stretch. ValueError, in one line, for a file without sound."""
+    media = probe(path)
+    if not media.audio:
+        raise ValueError(f"{path}: has no sound; give a file with a sound track")
+    filters = (f"asetpts=PTS-({media.start + start:.6f})/TB,"
+               f"aresample={sample_rate}:async=1:first_pts=0:rematrix_maxval=1,aformat=channel_layouts=mono")
+    seek = ["-ss", f"{start:.6f}", "-noaccurate_seek"] if start else []
+    stretch = [] if seconds is None else ["-t", f"{seconds:.6f}"]
+    result = _run(["-copyts", *seek, *_source(path), "-map", "0:a:0", "-af", filters, *stretch,
+                   "-f", "f32le", "pipe:1"], check=False)
+    wave = np.frombuffer(result.stdout, np.float32)
+    errors = result.stderr.count(b"[error]")
+    if not len(wave):
+        reason = f"cannot be decoded ({_reason(result.stderr.decode(errors='replace'))})" if errors else "is empty"
+        raise ValueError(f"{path}: its sound {reason}, from {start:g} s on; give a file that plays")
+    whole = (media.seconds or 0.0) - start if seconds is None and not media.video else 0.0
+    got = len(wave) / sample_rate
+    _warn(path, "sound", {"errors": errors, "damaged": 0}, max(0.0, whole - got), max(whole, got))
+    return wave
+
+
+def _frame_count(seconds, fps):
+    """ceil(seconds * fps), forgiving 1 % of a frame: times in files are rounded."""
+    return max(1, math.ceil(seconds * fps - 0.01))
+
+
+def _decode(path, media, size, start, log):
+    """Yield (time after `start` in s, duration in s, rgb24 bytes) of every frame; `log` counts errors and damage."""
+    filters = ("settb=1/1000000,crop=w='max(1,min(iw,ih/sar))':h='max(1,min(ih,iw*sar))':exact=1,"
+               f"scale={size}:{size}:flags=area+accurate_rnd+full_chroma_int,format=rgb24,showinfo=checksum=0")
+    seek = ["-ss", f"{start:.6f}", "-noaccurate_seek"] if start else []
+    command = _ffmpeg(["-copyts", *seek, *_source(path), "-map", "0:V:0", "-vf", filters, "-fps_mode", "passthrough",
+                       "-enc_time_base", "1/1000000", "-f", "rawvideo", "pipe:1"])
+    shown, wanted, pipe = Queue(), size * size * 3, subprocess.PIPE
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe)
+    reader = threading.Thread(target=_listen, args=(process.stderr, shown, log), daemon=True)
+    reader.start()
+    end = 0.0
+    try:
+        while len(frame := process.stdout.read(wanted)) == wanted and (times := shown.get()) is not None:
+            time = end if times[0] is None else times[0] / 1e6 - media.start - start
+            end = time + times[1] / 1e6
+            yield time, times[1] / 1e6, frame
+    finally:
+        process.kill()
+        process.wait()
+        reader.join()
+        process.stdout.close()
+        process.stderr.close()
+
+
+def _listen(stderr, shown, log):
+    """Put each frame's (time or None, duration) in microseconds, as ffmpeg's showinfo prints it, into `shown`."""
+    for line in stderr:
+        found = re.search(rb"\] n: *\d+ pts: *(-?\d+|NOPTS).*?(?:duration: *(\d+)|$)", line)
+        if found:
+            shown.put((None if found[1] == b"NOPTS" else int(found[1]), int(found[2] or 0)))
+        log["damaged"] += b"corrupt decoded frame" in line
+        log["errors"] += b"[error]" in line and b"[rawvideo" not in line
+    shown.put(None)
+
+
+def _warn(path, what, log, missing, whole):
+    """Warn how much is missing or damaged, if decoding met errors. A gap alone is no fault: frame rates vary."""
+    if log["errors"] and (missing > 0.02 or log["damaged"]):
+        damaged = f" and {log['damaged']} frame(s) damaged" if log["damaged"] else ""
+        warnings.warn(f"{path}: the {what} is corrupt: {missing:.2f} s of {whole:.2f} s missing{damaged}; the rest is "
+                      "used, copy the file again if that is too much", stacklevel=3)
+
+
+# ---- Writing
+
+
+def write_clip(path, video=None, audio=None, fps=10, sample_rate=16000):
+    """Write frames uint8 (T, H, W, 3) and/or a wave float (S,) to .mp4 .mov .mkv .webm .gif (silent) .wav or .flac.
+
+    ValueError, in one line, for another extension, a folder that cannot be written, or nothing to write; the file
+    appears whole or not at all."""
+    path = check_output(path, (*VIDEO_TYPES, *SOUND_TYPES))
+    kind = path.suffix.lower()
+    if kind in SOUND_TYPES:
+        return _write_sound(path, audio, sample_rate)
+    video = np.ascontiguousarray(video) if video is not None else np.zeros(0)
+    if video.dtype != np.uint8 or video.ndim != 4 or video.shape[3] != 3 or not video.size:
+        raise ValueError(f"{path}: expected frames uint8 (T, H, W, 3), got {video.dtype} {video.shape}")
+    T, H, W, _ = video.shape
+    picture, sound, extra = (words.split() for words in VIDEO_TYPES[kind])
+    inputs = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{W}x{H}", "-r", f"{fps:.6f}", "-i", "pipe:0"]
+    codecs = ["-vf", _even(kind), "-c:v", *picture]
+    with tempfile.TemporaryDirectory() as folder, atomic(path) as whole:
+        if audio is not None and sound:
+            _wave(audio).tofile(raw := Path(folder) / "wave")
+            inputs += [*_raw(sample_rate), "-i", f"file:{raw}"]
+            codecs += ["-c:a", *sound]
+        _run([*inputs, *codecs, *extra, "-y", f"file:{whole}"], stdin=memoryview(video).cast("B"), name=path)
+
+
+def add_audio(source, wave, sample_rate, path, seconds=None):
+    """Write the picture of the video file `source` with a new sound, wave float (S,), to .mp4 .mov .mkv or .webm.
+
+    The picture is copied as it is where the container takes it and all of it is wanted, else encoded anew; the wave is
+    cut, or padded with silence, to the picture's length, or to its first `seconds`. Errors as `write_clip`'s."""
+    path = check_output(path, COPIED)
+    kind, media = path.suffix.lower(), probe(source)
+    if not media.video:
+        raise ValueError(f"{source}: has no picture to add a sound to; give a video file")
+    packed = _picture_seconds(source, media)
+    length = _decoded_seconds(source) if packed is None else packed
+    cut = ["-t", f"{seconds:.6f}"] if seconds and seconds < length - 0.02 else []
+    S = round((seconds if cut else length) * sample_rate)
+    wave = np.pad(_wave(wave)[:S], (0, max(0, S - len(wave))))
+    picture, sound, extra = (words.split() for words in VIDEO_TYPES[kind])
+    inputs = ["-copyts", "-itsoffset", f"{-media.start:.6f}", *_source(source), *_raw(sample_rate), "-i", "pipe:0"]
+    rest = ["-map_chapters", "-1", "-c:a", *sound, *extra, *cut]
+    copied = ["-c:v", "copy"] + (["-tag:v", "hvc1"] if media.codec == "hevc" and kind in (".mp4", ".mov") else [])
+    anew = ["-vf", _even(kind), "-c:v", *picture]
+    fits = media.codec in COPIED[kind] and (not media.rotated or kind in (".mp4", ".mov")) and packed and not cut
+    with atomic(path) as whole:
+        for way in (copied, anew) if fits else (anew,):
+            command = [*inputs, "-map", "0:V:0", "-map", "1:a", *way, *rest, "-y", f"file:{whole}"]
+            result = _run(command, stdin=memoryview(wave).cast("B"), check=way is anew, name=path)
+            if result.returncode == 0:
+                return
+
+
+def _write_sound(path, audio, sample_rate):
+    """A wave to .wav or .flac, 16 bit."""
+    import soundfile
+
+    if audio is None:
+        raise ValueError(f"{path}: there is no sound to write; choose a video type: {' '.join(VIDEO_TYPES)}")
+    with atomic(path) as whole:
+        soundfile.write(str(whole), np.clip(_wave(audio), -1, 1), sample_rate, subtype="PCM_16")
+
+
+def _picture_seconds(path, media):
+    """Length of the picture from its packets, undecoded; None if they lack times, as in some .avi and bare streams."""
+    command = ["-copyts", *_source(path), "-map", "0:V:0", "-c", "copy", "-f", "framecrc", "pipe:1"]
+    listed = _run(command, check=False).stdout.decode()
+    base = re.search(r"#tb 0: (\d+)/(\d+)", listed)
+    packets = sorted([int(n) for n in line.split(",")[2:4]] for line in listed.splitlines() if line[:1] != "#")
+    if not packets or packets[0][0] == NO_TIME:
+        return None
+    last = packets[-1][1] or (packets[-1][0] - packets[-2][0] if len(packets) > 1 else 0)
+    return (packets[-1][0] + last) * int(base[1]) / int(base[2]) - media.start
+
+
+def _decoded_seconds(path):
+    """Length of the picture, by decoding it."""
+    video = Video(path, size=1)
+    for _ in video:
+        pass
+    return video.seconds
+
+
+def _wave(audio):
+    """A wave as contiguous float32 (S,), or ValueError."""
+    audio = np.ascontiguousarray(audio, dtype=np.float32)
+    if audio.ndim != 1 or not len(audio):
+        raise ValueError(f"expected a wave float (S,) with S > 0, got shape {audio.shape}")
+    return audio
+
+
+def _raw(sample_rate):
+    return ["-f", "f32le", "-ar", str(sample_rate), "-ac", "1"]
+
+
+def _even(kind):
+    """Filter for the picture: GIF's palette, or the even sizes and 4:2:0 that players expect."""
+    if kind == ".gif":
+        return "split[a][b];[a]palettegen[p];[b][p]paletteuse"
+    return "pad=ceil(iw/2)*2:ceil(ih/2)*2,format=yuv420p"
+
+
+# ---- ffmpeg
+
+
+def _source(path):
+    return ["-protocol_whitelist", "file,pipe", "-i", f"file:{path}"]
+
+
+def _ffmpeg(arguments):
+    """The command line of the ffmpeg that imageio-ffmpeg brings."""
+    try:
+        from imageio_ffmpeg import get_ffmpeg_exe
+    except ImportError:
+        raise ImportError("reading and writing media needs imageio-ffmpeg: pip install imageio[ffmpeg]") from None
+    return [get_ffmpeg_exe(), "-hide_banner", "-nostdin", "-loglevel", "level+info", *arguments]
+
+
+def _run(arguments, stdin=b"", check=True, name=""):
+    """Run ffmpeg -> CompletedProcess; if `check`, its failure is a ValueError about `name`."""
+    result = subprocess.run(_ffmpeg(arguments), input=stdin, capture_output=True)
+    if check and result.returncode:
+        raise ValueError(f"{name}: ffmpeg could not write it ({_reason(result.stderr.decode(errors='replace'))})")
+    return result
+
+
+def _reason(text):
+    """The first error that ffmpeg tells, without its prefixes."""
+    errors = re.findall(r"\[(?:error|fatal)\] (.+)", text)
+    return errors[0].strip().rstrip(".") if errors else "ffmpeg cannot read it"
+
+
+# ---- Worlds: procedural clips whose event times are known
+
+KIND_PITCH = (240.0, 400.0, 660.0, 1080.0, 1760.0)  # Hz, fundamental of each kind of ball
+KIND_DECAY = (0.16, 0.13, 0.10, 0.08, 0.06)  # s, time constant of each kind's ring
+KIND_HUE = (0.0, 0.14, 0.36, 0.60, 0.82)  # red, yellow, green, blue, magenta
+TRAINING_SEED = 1_000_000  # a training never draws a smaller seed: what is below is held out
+
+
+class WorldClip(NamedTuple):
+    """A clip of a world: video uint8 (T, H, W, 3), audio float32 (S,), fps, sample_rate, and its events:
+    times (N,) in seconds from the clip's start and kinds (N,) int."""
+
+    video: np.ndarray
+    audio: np.ndarray
+    fps: float
+    sample_rate: int
+    times: np.ndarray
+    kinds: np.ndarray
+
+
+def bounce(seed, seconds=1.8, fps=10, size=64, sample_rate=16000):
+    """The `bounce` world: 1-3 balls of five kinds, a clip of `seconds` at `fps` and `size` pixels -> WorldClip.
+
+    Every touch of the floor sounds and every sound is a touch; touches before the clip's start leave their ring in it.
+    Colour tells a ball's pitch (KIND_HUE, KIND_PITCH), speed its loudness. There are 1-5 touches per 1.8 s, at least
+    140 ms apart. The same seed gives the same clip; `size` and `fps` only change how it is drawn; size 0 draws nothing."""
+    rng = np.random.default_rng([seed, 0])
+    while True:
+        touches = _draw_touches(rng, seconds)
+        inside = [t for t in touches if 0 <= t[0] < seconds]
+        if 1 <= len(inside) <= max(1, round(5 * seconds / 1.8)):
+            break
+    kinds = rng.permutation(5)[:3]
+    gravity = rng.uniform(2.5, 5.5)  # picture heights / s^2
+    audio = _bounce_sound(np.random.default_rng([seed, 1]), touches, kinds, gravity, seconds, sample_rate)
+    video = _bounce_picture(np.random.default_rng([seed, 2]), touches, kinds, gravity, seconds, fps, size)
+    times = np.array([t for t, _, _ in inside])
+    return WorldClip(video, audio, fps, sample_rate, times, np.array([kinds[ball] for _, ball, _ in inside]))
+
+
+def _draw_touches(rng, seconds):
+    """Touches [(time, ball, seconds since that ball's last touch)], irregular, from before the clip to after it."""
+    balls = int(rng.integers(1, 4))
+    last = -4.0 - rng.uniform(0, 1, balls)
+    now, touches = -4.0, []
+    while now < seconds + 3.0:
+        now += 0.14 + rng.exponential(0.42 if balls > 1 else 0.3)
+        rested = now - last
+        if rested.max() < 0.35:
+            now += 0.35 - rested.max()
+            rested = now - last
+        weight = np.where(rested >= 0.35 - 1e-9, rested**2, 0.0)
+        ball = int(rng.choice(balls, p=weight / weight.sum()))
+        touches.append((now, ball, now - last[ball]))
+        last[ball] = now
+    return touches
+
+
+def _bounce_sound(rng, touches, kinds, gravity, seconds, sample_rate):
+    """Each touch: a click of 8 ms and a ring of two partials at its ball's pitch, over faint noise -> float32 (S,)."""
+    S = round(seconds * sample_rate)
+    wave = rng.standard_normal(S) * 10 ** rng.uniform(-4.3, -3.5)
+    detune = rng.uniform(0.97, 1.03, 5)
+    t = np.arange(int(1.2 * sample_rate)) / sample_rate
+    for time, ball, rest in touches:
+        first = round(time * sample_rate)
+        if first >= S or first + len(t) <= 0:
+            continue
+        kind = kinds[ball]
+        loud = 0.12 + 0.38 * min(1.0, gravity * rest / 2 / 3.0)  # impact speed in picture heights / s
+        pitch = KIND_PITCH[kind] * detune[kind]
+        ring = np.sin(2 * np.pi * pitch * t) + 0.3 * np.sin(2 * np.pi * 2.1 * pitch * t) * np.exp(-t / 0.05)
+        sound = ring * np.exp(-t / KIND_DECAY[kind]) * np.minimum(t / 0.002, 1.0)
+        sound = loud * (sound + 0.5 * rng.standard_normal(len(t)) * np.exp(-t / 0.008))
+        skip = max(0, -first)
+        n = min(S, first + len(t)) - max(0, first)
+        wave[max(0, first) : max(0, first) + n] += sound[skip : skip + n]
+    return np.clip(wave, -1, 1).astype(np.float32)
+
+
+def _bounce_picture(rng, touches, kinds, gravity, seconds, fps, size):
+    """Draw the clip -> uint8 (T, size, size, 3). Frame k shows the scene at (k + 1/2)/fps, or at the middle of the
+    frame of a slower or odd source that is shown then."""
+    T = int(np.ceil(seconds * fps - 1e-9))
+    if size == 0:
+        return np.zeros((T, 0, 0, 3), np.uint8)
+    scene, floor = _backdrop(rng, size)
+    beyond = seconds + 3.5  # where a ball that is still in the air at the end comes down
+    balls = [_Ball(rng, ball, kinds[ball], touches, gravity, beyond) for ball in sorted({b for _, b, _ in touches})]
+    times = (np.arange(T) + 0.5) / fps
+    if fps <= 10 and rng.random() < 0.5:  # as read from a source of another rate
+        source = rng.choice([12, 15, 24, 25, 30, 50])
+        times = (np.floor(times * source) + 0.5) / source
+    video = np.repeat(scene[None], T, axis=0)
+    softness = rng.uniform(0.8, 1.6)
+    shadow = rng.random() < 0.6
+    for frame, t in zip(video, times):
+        for ball in balls:
+            ball.draw(frame, t, floor, softness, shadow)
+    return _degrade(rng, video)
+
+
+class _Ball:
+    """One ball's look and path: parabolas between its touches, a straight line across."""
+
+    def __init__(self, rng, ball, kind, touches, gravity, beyond):
+        times = [t for t, b, _ in touches if b == ball]
+        rest = next(r for _, b, r in touches if b == ball)
+        self.touch_times = np.array([times[0] - rest, *times, max(beyond, times[-1] + 0.5)])
+        self.places = np.clip(np.cumsum(rng.normal(0, 0.12, len(self.touch_times))) + rng.uniform(0.2, 0.8), 0.12, 0.88)
+        self.gravity, self.radius = gravity, rng.uniform(0.065, 0.115)
+        hue = KIND_HUE[kind] + rng.uniform(-0.035, 0.035)
+        self.colour = _rgb(hue, rng.uniform(0.75, 1.0), rng.uniform(0.75, 1.0))
+        self.shine, self.rim, self.stripe = rng.uniform(0, 0.5), rng.uniform(0, 0.5), rng.random() < 0.3
+        self.spin, self.angle = rng.uniform(-6, 6), rng.uniform(0, 6.28)
+
+    def position(self, t):
+        """Centre's x and height of the ball's lowest point above the floor at t seconds, in picture heights."""
+        after = int(np.clip(np.searchsorted(self.touch_times, t), 1, len(self.touch_times) - 1))
+        t0, t1 = self.touch_times[after - 1], self.touch_times[after]
+        share = (t - t0) / (t1 - t0)
+        x = self.places[after - 1] + share * (self.places[after] - self.places[after - 1])
+        return x, self.gravity / 2 * (t - t0) * (t1 - t)
+
+    def draw(self, frame, t, floor, softness, shadow):
+        size, r = len(frame), self.radius
+        x, height = self.position(t)
+        if shadow and height < 0.8:
+            spread = r * (1 + height)
+            _blend(frame, x, floor, spread, 0.25 * spread, np.zeros(3), 0.35 * (1 - height), 3 * softness)
+        if height < 1.2:
+            _blend(frame, x, floor - r - height, r, r, self._shade(t), 1.0, softness * max(1, size / 128))
+
+    def _shade(self, t):
+        """A function (dx, dy in radii) -> colour (..., 3) for the ball's surface."""
+        def shade(dx, dy):
+            light = 1 - self.rim * np.clip(dx**2 + dy**2, 0, 1) + self.shine * np.exp(-4 * ((dx + 0.4) ** 2 + (dy + 0.4) ** 2))
+            if self.stripe:
+                a = self.angle + self.spin * t
+                light = light * np.where(np.abs(dx * np.cos(a) + dy * np.sin(a)) < 0.2, 0.6, 1.0)
+            return np.clip(self.colour * light[..., None], 0, 1)
+        return shade
+
+
+def _blend(frame, x, y, rx, ry, colour, opacity, softness):
+    """Paint an ellipse, centre and radii in picture heights, into frame (size, size, 3) with an antialiased edge."""
+    size, pad = len(frame), 3 / len(frame)
+    x0, x1 = (int(np.clip(v * size, 0, size)) for v in (x - rx - pad, x + rx + pad + 1 / size))
+    y0, y1 = (int(np.clip(v * size, 0, size)) for v in (y - ry - pad, y + ry + pad + 1 / size))
+    if x0 >= x1 or y0 >= y1:
+        return
+    dx = ((np.arange(x0, x1) + 0.5) / size - x) / rx
+    dy = (((np.arange(y0, y1) + 0.5) / size - y) / ry)[:, None]
+    inside = (1 - np.sqrt(dx**2 + dy**2)) * min(rx, ry) * size / softness + 0.5
+    alpha = (np.clip(inside, 0, 1) * opacity)[..., None].astype(np.float32)
+    paint = colour(dx + 0 * dy, dy + 0 * dx) if callable(colour) else colour
+    frame[y0:y1, x0:x1] += alpha * (paint - frame[y0:y1, x0:x1])
+
+
+def _backdrop(rng, size):
+    """A wall and a floor in muted colours -> (float32 (size, size, 3) in [0, 1], floor height from the top)."""
+    floor = rng.uniform(0.78, 0.92)
+    y = ((np.arange(size) + 0.5) / size)[:, None, None]
+    x = ((np.arange(size) + 0.5) / size)[None, :, None]
+    top, bottom, ground = (_rgb(rng.random(), rng.uniform(0, 0.3), rng.uniform(0.15, 0.95)) for _ in range(3))
+    tilt = rng.uniform(-0.5, 0.5)
+    share = np.clip(y + tilt * (x - 0.5), 0, 1)
+    scene = np.broadcast_to(top + share * (bottom - top), (size, size, 3)).astype(np.float32)
+    for _ in range(rng.integers(0, 3)):  # pictures, windows and doors, with soft edges
+        cx, cy, w, h = rng.uniform(0, 1), rng.uniform(0, floor), rng.uniform(0.08, 0.3), rng.uniform(0.08, 0.3)
+        soft = rng.uniform(16, 64)
+        box = np.clip((w - np.abs(x - cx)) * soft + 0.5, 0, 1) * np.clip((h - np.abs(y - cy)) * soft + 0.5, 0, 1)
+        scene = scene + box * rng.uniform(0.1, 0.5) * (_rgb(rng.random(), rng.uniform(0, 0.3), rng.uniform(0.15, 0.95)) - scene)
+    edge = np.clip((y - floor) * size + 0.5, 0, 1)
+    scene = scene + edge * (ground * (1 - 0.3 * rng.random() * (y - floor)) - scene)
+    return np.ascontiguousarray(scene, dtype=np.float32), floor
+
+
+def _degrade(rng, video):
+    """Sensor noise and block compression as a real file has them; float (T, H, W, 3) -> uint8."""
+    T, H, W, _ = video.shape
+    if rng.random() < 0.4:
+        video = video + rng.normal(0, rng.uniform(0.002, 0.01), (T, H, W, 1)).astype(np.float32)
+    if rng.random() < 0.5 and H % 8 == 0 and W % 8 == 0:
+        k = np.arange(8)
+        dct = np.cos(np.pi * (2 * k[None] + 1) * k[:, None] / 16) * np.where(k[:, None] == 0, 0.125**0.5, 0.5)
+        dct = dct.astype(np.float32)
+        blocks = video.reshape(T, H // 8, 8, W // 8, 8, 3).transpose(0, 1, 3, 5, 2, 4)  # (T, H/8, W/8, 3, 8, 8)
+        step = np.float32(rng.uniform(0.01, 0.04)) * (1 + (k[:, None] + k[None]) / 4).astype(np.float32)
+        blocks = dct.T @ (np.round(dct @ blocks @ dct.T / step) * step) @ dct
+        video = blocks.transpose(0, 1, 4, 2, 5, 3).reshape(T, H, W, 3)
+    return (np.clip(video, 0, 1) * 255 + 0.5).astype(np.uint8)
+
+
+def _rgb(hue, saturation, value):
+    """HSV in [0, 1] -> RGB float32 (3,)."""
+    k = (np.array([5.0, 3.0, 1.0]) + hue * 6) % 6
+    return (value - value * saturation * np.clip(np.minimum(k, 4 - k), 0, 1)).astype(np.float32)
