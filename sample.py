@@ -1,0 +1,386 @@
+"""The user's door: a video gets its sound, a sound its picture, or both are made. In this order:
+
+  sample, Clip        clip = sample("dog.mp4"); clip.save("out.mp4")
+  load_models         the three networks of a folder of weights, checked against each other
+  input               paths and arrays to frames, waves, latents and mels, a chunk at a time
+  the picture         frames over spectrograms, written as a PNG with nothing but zlib
+  the command line    python sample.py dog.mp4 -o out.mp4; without arguments a demonstration
+
+media -> frames -> VAE.encode -> generate -> Vocoder.decode -> wave. Only latents and small frames are kept, so that
+memory hardly grows with length. Letters: T video frames, C H W of the latents, M mel bins, L mel frames, S samples.
+"""
+
+import argparse
+import math
+import os
+import struct
+import sys
+import tempfile
+import warnings
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from cmmd import CMMD, atomic, data, generate, load, mel_frames
+from cmmd.vae import VAE
+from cmmd.vocoder import Vocoder, VocoderConfig, log_mel
+
+CONDITIONS = ("clean", "replace", "guide")
+TYPES = (*data.VIDEO_TYPES, *data.SOUND_TYPES, ".png")
+WEIGHTS = Path(__file__).resolve().parent / "weights"
+CHUNK = 64  # frames that are read, encoded or decoded at once
+DEMO_SEED, DEMO_SECONDS = 7, 3.6
+
+
+class Models(NamedTuple):
+    """The three networks, as `load_models` returns them."""
+
+    vae: VAE
+    vocoder: Vocoder
+    cmmd: CMMD
+
+
+class Clip(NamedTuple):
+    """Video uint8 (T, H, W, 3) at `fps` and audio float32 (S,) in [-1, 1] at `sample_rate`. `source` is the video file
+    whose sound this is, if there is one."""
+
+    video: np.ndarray
+    audio: np.ndarray
+    fps: float
+    sample_rate: int
+    source: Path | None = None
+
+    def save(self, path):
+        """Write to .mp4 .mov .mkv .webm (a source's own picture with the new sound), .gif, .wav, .flac or .png (frames
+        over the spectrogram). ValueError, in one line, for another extension or a folder that cannot be written."""
+        path = data.check_output(path, TYPES)
+        if path.suffix.lower() == ".png":
+            write_png(path, picture(self.video, [self.audio], self.fps, self.sample_rate))
+        elif self.source is not None and path.suffix.lower() in data.COPIED:
+            data.add_audio(self.source, self.audio, self.sample_rate, path, len(self.audio) / self.sample_rate)
+        else:
+            data.write_clip(path, self.video, self.audio, self.fps, self.sample_rate)
+
+
+def sample(video=None, audio=None, *, seconds=None, fps=None, sample_rate=None, steps=10, condition="clean",
+           guidance=None, stochasticity=0.0, seed=0, weights="worlds", device=None, models=None, progress=None):
+    """Make the sound of a video, the picture of a sound, or (given neither) both -> Clip.
+
+    video: a file, or frames (T, H, W, 3), uint8 or float in [0, 1], at `fps`. audio: a file, or a wave (S,) or
+    (S, channels) in [-1, 1], at `sample_rate`. seconds: length of the clip, at most the input's; 1.8 if there is none.
+    steps, condition ("clean", "replace" or "guide"), guidance, stochasticity: see `cmmd.generate`; seed: another one,
+    another result. weights: a name in weights/ or a folder; models: what `load_models` returned, instead. progress:
+    called with (what, done, of). ValueError, in one line, for input that cannot be used."""
+    _check(video, audio, seconds, fps, sample_rate, steps, condition)
+    models = models or load_models(weights, device)
+    model, config = models.cmmd, models.cmmd.config
+    tell = progress or (lambda what, done, of: None)
+    frames = wave = latents = mel = None
+    if video is not None:
+        frames, latents, seconds = _video_input(video, fps, seconds, models, tell)
+    elif audio is not None:
+        wave, mel = _audio_input(audio, sample_rate, seconds, models)
+        seconds = len(wave) / config.sample_rate
+    else:
+        seconds = 1.8 if seconds is None else seconds
+    T = len(frames) if frames is not None else max(1, math.ceil(seconds * config.fps - 0.01))
+    made, made_mel = generate(model, latents, mel, T, steps=steps, condition=condition, guidance=guidance,
+                              stochasticity=stochasticity, seeds=(seed,), progress=lambda *a: tell("making", *a))
+    if frames is None:
+        frames = _decode_frames(models.vae, made.detach(), tell)
+    if wave is None:
+        wave = models.vocoder.decode(model.denormalise(made_mel.detach()))[0]
+        wave = wave[: max(1, round(seconds * config.sample_rate))].cpu().numpy()
+    source = Path(video) if isinstance(video, (str, os.PathLike)) else None
+    return Clip(frames, wave, config.fps, config.sample_rate, source)
+
+
+def _check(video, audio, seconds, fps, sample_rate, steps, condition):
+    """Refuse, before anything is loaded, what cannot work."""
+    if video is not None and audio is not None:
+        raise ValueError("got both a video and a sound, so nothing is left to make; give one of them")
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps is {steps!r}, expected a whole number of at least 1; 10 is a good choice")
+    if condition not in CONDITIONS:
+        raise ValueError(f"condition is {condition!r}, expected one of {', '.join(CONDITIONS)}")
+    if seconds is not None and not 0 < seconds < math.inf:
+        raise ValueError(f"seconds is {seconds!r}, expected a length above 0")
+    hints = {"video": "has no picture, only sound; pass it as audio= (--audio) to make its picture",
+             "audio": "has no sound; give a file with a sound track"}
+    for name, given, rate, unit in (("video", video, fps, "fps"), ("audio", audio, sample_rate, "sample_rate")):
+        if isinstance(given, (str, os.PathLike)):
+            if not getattr(data.probe(given), name):
+                raise ValueError(f"{given}: {hints[name]}")
+        elif given is not None and (rate is None or not rate > 0):
+            raise ValueError(f"a {name} array needs its rate: {unit}=..., above 0; got {rate!r}")
+
+
+def load_models(weights="worlds", device=None):
+    """The networks of a folder with vae, vocoder and cmmd.safetensors, or of a name in weights/ -> Models on `device`.
+
+    ValueError, in one line, if files are missing or of another kind, or if their mels or latents do not fit."""
+    folder = Path(weights) if Path(weights).is_dir() else WEIGHTS / weights
+    if not folder.is_dir():
+        known = sorted(p.name for p in WEIGHTS.iterdir() if p.is_dir()) if WEIGHTS.is_dir() else []
+        raise ValueError(f"{weights}: no such folder of weights; give one, or a name of {', '.join(known) or '(none)'}")
+    try:
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device}: cannot be used ({str(error).splitlines()[0]}); try cpu") from None
+    networks = Models(*(load(folder / f"{cls.__name__.lower()}.safetensors", cls) for cls in (VAE, Vocoder, CMMD)))
+    _check_fit(folder, *networks)
+    return Models(*(module.to(device).eval().requires_grad_(False) for module in networks))
+
+
+def _check_fit(folder, vae, vocoder, model):
+    """Refuse networks that were not made for each other."""
+    for name in ("sample_rate", "n_fft", "hop", "mel_bins"):
+        theirs, ours = getattr(vocoder.config, name), getattr(model.config, name)
+        if theirs != ours:
+            raise ValueError(f"{folder / 'vocoder.safetensors'}: its {name} is {theirs}, the model's is {ours}; "
+                             "take the vocoder that the model was trained with")
+    ours, theirs = model.config, vae.config
+    if theirs.latent_channels != ours.latent_channels or ours.size % theirs.factor:
+        raise ValueError(f"{folder / 'vae.safetensors'}: {theirs.latent_channels} channels, 1/{theirs.factor} size; "
+                         f"the model wants {ours.latent_channels} for frames of {ours.size} px")
+
+
+# ---- Input
+
+
+def _video_input(video, fps, seconds, models, tell):
+    """A video file or array -> frames uint8 (T, size, size, 3), latents (1, T, C, H, W), length in seconds."""
+    config, device = models.cmmd.config, next(models.vae.parameters()).device
+    if isinstance(video, (str, os.PathLike)):
+        chunks = data.Video(video, config.fps, config.size, seconds=seconds, chunk=CHUNK)
+        whole = min(chunks.seconds or 0.0, seconds or math.inf)
+    else:
+        chunks, whole = _array_chunks(video, fps, seconds, config)
+    frames, latents = [], []
+    for part in chunks:
+        x = torch.from_numpy(part.copy()).to(device).permute(0, 3, 1, 2)[None] / 127.5 - 1  # (1, n, 3, size, size)
+        frames.append(part)
+        latents.append(models.vae.encode(x).cpu())
+        done = sum(map(len, frames))
+        tell("reading", done, max(done, round(whole * config.fps)))
+    return np.concatenate(frames), torch.cat(latents, 1).to(device), getattr(chunks, "seconds", whole)
+
+
+def _array_chunks(video, fps, seconds, config):
+    """Frames (T, H, W, 3) at `fps` -> chunks of uint8 frames at the model's rate and size, and their length in seconds.
+
+    The nearest frame in time and the centre square, as `data.Video` takes them."""
+    video = np.asarray(video)
+    if video.ndim != 4 or video.shape[3] != 3 or not video.size or video.dtype.kind not in "uf":
+        raise ValueError(f"video: expected (T, H, W, 3), uint8 or float in [0, 1], got {video.dtype} {video.shape}")
+    if video.dtype.kind == "f" and not (video.min() >= 0 and video.max() <= 1):
+        raise ValueError(f"video: float frames must lie in [0, 1], got {video.min():.3g} to {video.max():.3g}")
+    length = min(len(video) / fps, seconds or math.inf)
+    times = (np.arange(max(1, math.ceil(length * config.fps - 0.01))) + 0.5) / config.fps
+    index = np.clip(np.ceil((times - data.TIE) * fps + 0.5).astype(int) - 1, 0, len(video) - 1)
+    _, H, W, _ = video.shape
+    side = min(H, W)
+    square = video[:, (H - side) // 2 :, (W - side) // 2 :][:, :side, :side]
+    return (_resize(square[index[k : k + CHUNK]], config.size) for k in range(0, len(index), CHUNK)), length
+
+
+def _resize(frames, size):
+    """Frames uint8 or float in [0, 1] (n, side, side, 3) -> uint8 (n, size, size, 3)."""
+    x = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).float()
+    x = x * 255 if frames.dtype.kind == "f" else x
+    if x.shape[-1] != size:
+        x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
+    return x.round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+
+
+def _audio_input(audio, sample_rate, seconds, models):
+    """A sound file or array -> wave float32 (S,) at the model's rate, normalised mel (1, M, L) of its whole canvas."""
+    config, device = models.cmmd.config, next(models.cmmd.parameters()).device
+    if isinstance(audio, (str, os.PathLike)):
+        wave = data.read_audio(audio, config.sample_rate, seconds=seconds)
+    else:
+        wave = _array_wave(audio, sample_rate, config.sample_rate)
+    wave = wave[: round(seconds * config.sample_rate)] if seconds else wave
+    T = max(1, math.ceil(len(wave) / config.sample_rate * config.fps - 0.01))
+    canvas = np.pad(wave, (0, max(0, mel_frames(T, config) * config.hop - len(wave))))
+    mel = models.vocoder.mel(torch.from_numpy(canvas)[None].to(device))[..., : mel_frames(T, config)]
+    return wave, models.cmmd.normalise(mel)
+
+
+def _array_wave(audio, sample_rate, wanted):
+    """A wave (S,) or (S, channels), float in [-1, 1] or int16, at `sample_rate` -> float32 (S,) at rate `wanted`."""
+    import soundfile
+
+    audio = np.asarray(audio)
+    if audio.ndim not in (1, 2) or not audio.size or (audio.dtype.kind != "f" and audio.dtype != np.int16):
+        raise ValueError(f"audio: expected (S,) or (S, channels), float or int16, got {audio.dtype} {audio.shape}")
+    wave = audio / 32768 if audio.dtype == np.int16 else audio
+    wave = np.ascontiguousarray(wave.mean(1) if wave.ndim == 2 else wave, dtype=np.float32)
+    if sample_rate == wanted:
+        return wave
+    with tempfile.TemporaryDirectory() as folder:
+        soundfile.write(Path(folder) / "a.wav", wave, round(sample_rate), subtype="FLOAT")
+        return data.read_audio(Path(folder) / "a.wav", wanted)
+
+
+def _decode_frames(vae, latents, tell):
+    """Latents (1, T, C, H, W) -> frames uint8 (T, size, size, 3), a chunk at a time."""
+    frames = []
+    for k in range(0, latents.shape[1], CHUNK):
+        x = vae.decode(latents[:, k : k + CHUNK])[0].clamp(-1, 1)  # (n, 3, size, size)
+        frames.append(((x + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy())
+        tell("drawing", min(k + CHUNK, latents.shape[1]), latents.shape[1])
+    return np.concatenate(frames)
+
+
+# ---- The picture
+
+GLYPHS = {"0": 31599, "1": 11415, "2": 29671, "3": 29647, "4": 23497, "5": 31183, "6": 31215, "7": 29257, "8": 31727,
+          "9": 31695, ".": 2, "s": 1934}  # 3 x 5 dots, row by row, the first the highest bit
+COLOURS = np.array([(0, 0, 4), (59, 15, 112), (140, 41, 129), (222, 73, 104), (254, 159, 109), (252, 253, 191)])
+
+
+def picture(video, waves, fps, sample_rate, times=(), width=960):
+    """Frames (T, H, W, 3) over the spectrogram of each wave (S,), a time axis below -> uint8 (height, width, 3).
+
+    Frames are shown at their place in time; `times` (s) are marked by white lines through all of it."""
+    seconds, count = len(waves[0]) / sample_rate, 12
+    side = width // count
+    shown = np.clip(((np.arange(count) + 0.5) / count * seconds * fps).astype(int), 0, len(video) - 1)
+    strip = np.concatenate([_resize(video[k][None], side)[0] for k in shown], 1)
+    gap = np.full((6, width, 3), 255, np.uint8)
+    rows = [strip]
+    for wave in waves:
+        rows += [gap, _spectrogram(wave, sample_rate, width)]
+    image = np.concatenate(rows)
+    for x in (int(t / seconds * width) for t in times if 0 <= t < seconds):
+        image[side:, x] = np.where(np.arange(len(image) - side)[:, None] % 6 < 3, 255, image[side:, x])
+        for dy in range(8):  # a triangle that points at the event
+            image[side + dy - 2, max(0, x - 4 + dy // 2) : x + 5 - dy // 2] = (220, 30, 30)
+    return np.concatenate([image, _axis(seconds, width)])
+
+
+def _spectrogram(wave, sample_rate, width, height=160):
+    """The log mel of a wave in colours, low pitch at the bottom -> uint8 (height, width, 3)."""
+    config = VocoderConfig(sample_rate=sample_rate, f_max=sample_rate / 2)
+    wave = np.pad(wave, (0, max(0, config.n_fft - len(wave))))
+    mel = log_mel(torch.from_numpy(np.ascontiguousarray(wave, dtype=np.float32))[None], config)  # (1, M, L)
+    mel = F.adaptive_max_pool1d(mel, min(width, mel.shape[2]))
+    mel = F.interpolate(mel[None], (height, width))[0, 0].flip(0).numpy()
+    level = np.clip((mel + 4.5) / 4.5, 0, 1) * (len(COLOURS) - 1)
+    return np.stack([np.interp(level, range(len(COLOURS)), c) for c in COLOURS.T], -1).astype(np.uint8)
+
+
+def _axis(seconds, width, height=24, dot=2):
+    """A time axis: ticks at round times with their seconds -> uint8 (height, width, 3)."""
+    axis = np.full((height, width, 3), 255, np.uint8)
+    step = next(s for k in range(-2, 6) for s in (10.0**k, 2 * 10.0**k, 5 * 10.0**k) if seconds / s <= 12)
+    for n in range(int(seconds / step + 1e-9) + 1):
+        x = min(width - 2, int(n * step / seconds * width))
+        axis[:5, x : x + 2] = 0
+        label = f"{n * step:.{max(0, -math.floor(math.log10(step) + 1e-9))}f}s"
+        x = int(np.clip(x - 4 * dot * len(label) // 2, 0, width - 4 * dot * len(label)))
+        for glyph in label:
+            bits = np.array([int(b) for b in f"{GLYPHS[glyph]:015b}"], bool).reshape(5, 3)
+            axis[8 : 8 + 5 * dot, x : x + 3 * dot][np.kron(bits, np.ones((dot, dot), bool))] = 0
+            x += 4 * dot
+    return axis
+
+
+def write_png(path, image):
+    """Write an image uint8 (H, W, 3) as a PNG, whole or not at all."""
+    H, W, _ = image.shape
+    rows = np.concatenate([np.zeros((H, 1), np.uint8), image.reshape(H, 3 * W)], 1).tobytes()  # 0: no filter
+    header = struct.pack(">IIBBBBB", W, H, 8, 2, 0, 0, 0)  # 8 bits of red, green, blue; no interlace
+    with atomic(path) as whole, open(whole, "wb") as file:
+        file.write(b"\x89PNG\r\n\x1a\n")
+        for name, body in ((b"IHDR", header), (b"IDAT", zlib.compress(rows, 9)), (b"IEND", b"")):
+            file.write(struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)))
+
+
+# ---- The command line
+
+
+def demo(folder=".", **settings):
+    """Make the sound of a held-out clip of the world `bounce`: demo.mp4, and demo.png with the true impacts marked."""
+    outputs = [data.check_output(Path(folder) / name, TYPES) for name in ("demo.mp4", "demo.png")]
+    world = data.bounce(DEMO_SEED, seconds=DEMO_SECONDS, fps=25, size=256)
+    with tempfile.TemporaryDirectory() as spare:
+        silent = Path(spare) / "bounce.mp4"
+        data.write_clip(silent, world.video, fps=world.fps)
+        clip = sample(silent, **settings)
+        clip.save(outputs[0])
+    S = min(len(clip.audio), len(world.audio))
+    image = picture(clip.video, [world.audio[:S], clip.audio[:S]], clip.fps, clip.sample_rate, world.times)
+    write_png(outputs[1], image)
+    return (f"{outputs[0]}: {DEMO_SECONDS} s of bouncing balls that no training saw, with their generated sound\n"
+            f"{outputs[1]}: frames, true sound, generated sound; {len(world.times)} impacts marked, at "
+            + " ".join(f"{t:.2f}" for t in world.times) + " s")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message} (--help tells more)\n")
+
+
+def _arguments(argv):
+    parser = _Parser(prog=Path(sys.argv[0]).name if "sample" in sys.argv[0] else "sample.py", description=
+                     "Make the sound of a video, the picture of a sound (--audio), or both (--seconds alone). "
+                     "Without any argument: a demonstration, demo.mp4 and demo.png.")
+    parser.add_argument("video", nargs="?", help="video file that gets a sound")
+    parser.add_argument("-o", "--output", help="file to write, " + " ".join(TYPES) + " (default: NAME-cmmd.mp4)")
+    parser.add_argument("--audio", help="sound file, or video with sound, that gets a picture")
+    parser.add_argument("--seconds", type=float, help="length, at most the input's (default: all of it)")
+    parser.add_argument("--weights", default="worlds", help="name in weights/, or a folder (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=10, help="denoising steps (default: %(default)s)")
+    parser.add_argument("--condition", default="clean", choices=CONDITIONS, help="how what is given enters")
+    parser.add_argument("--guidance", type=float, help="strength of the guidance (default: the condition's own)")
+    parser.add_argument("--seed", type=int, default=0, help="another seed, another result (default: %(default)s)")
+    parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
+    return parser.prog, parser.parse_args(argv)
+
+
+def _make(args):
+    """What the command line asks for -> the lines to print."""
+    names = ("weights", "steps", "condition", "guidance", "seed", "device")
+    settings = {name: getattr(args, name) for name in names}
+    settings["progress"] = _progress if sys.stderr.isatty() else None
+    if args.video is None and args.audio is None and args.seconds is None:
+        if args.output is not None:
+            raise ValueError("nothing to make: give a video, --audio or --seconds (or no -o for the demonstration)")
+        return demo(**settings)
+    given = args.video or args.audio
+    output = data.check_output(args.output or (f"{Path(given).stem}-cmmd.mp4" if given else "out.mp4"), TYPES)
+    if given and output.exists() and Path(given).exists() and output.samefile(given):
+        raise ValueError(f"{output}: is the input itself; choose another file to write")
+    clip = sample(args.video, args.audio, seconds=args.seconds, **settings)
+    clip.save(output)
+    return f"{output}: {len(clip.audio) / clip.sample_rate:.1f} s"
+
+
+def _progress(what, done, of):
+    print(f"\r{what} {done}/{of}   ", end="\n" if done >= of else "", file=sys.stderr, flush=True)
+
+
+def main(argv=None):
+    """The command line; returns the exit code: 0, or 2 after one line that says what is wrong."""
+    program, args = _arguments(argv)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: print(f"{program}: warning: {message}", file=sys.stderr)
+            print(_make(args))
+    except (ValueError, ImportError, OSError) as error:
+        print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
