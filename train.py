@@ -1,0 +1,423 @@
+"""Three trainings, one skeleton: `python train.py vae|vocoder|cmmd --out FOLDER`.
+
+Without --data they train on the `bounce` world, every clip drawn fresh. In this order: the skeleton (State: weights,
+EMA and optimisers with exact resume; run: the loop), then one plain training for each network, then the command line.
+
+What step n sees (clips, times, noise) is a function of the seed and n alone, so a run that was stopped and resumed ends
+with the same weights, bit for bit on the CPU, as one that was never stopped.
+"""
+
+import argparse
+import copy
+import csv
+import json
+import math
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from cmmd import CMMD, CMMDConfig, atomic, draw_times, fast_autocast, generate, joint_loss, load, save
+from cmmd.data import TRAINING_SEED, bounce
+from cmmd.evaluate import TOLERANCES, event_counts, onsets, pitch_counts, pitch_templates, scores, share
+from cmmd.vae import VAE, VAEConfig, quick_start, vae_loss
+from cmmd.vocoder import (
+    Discriminator, DiscriminatorConfig, Vocoder, VocoderConfig, add_weight_norm, discriminator_loss, generator_loss,
+    log_mel, mel_loss,
+)
+
+VALIDATION_SEED = 500_000  # worlds from here on choose settings; those from 0 on are the test set
+
+
+# ---- The skeleton
+
+
+class State:
+    """All that a run must keep: networks, one AdamW each, the EMA of the main one, and the step."""
+
+    def __init__(self, networks, main, betas=(0.9, 0.999), weight_decay=0.01):
+        self.networks, self.main, self.step = networks, main, 0
+        self.ema = copy.deepcopy(networks[main]).eval().requires_grad_(False)
+        self.optimizers = {
+            name: torch.optim.AdamW(net.parameters(), lr=0.0, betas=betas, weight_decay=weight_decay)
+            for name, net in networks.items()
+        }
+
+    def descend(self, name, loss, clip=1.0):
+        """One optimiser step of network `name` down the gradient of loss, its norm clipped."""
+        if not torch.isfinite(loss):
+            raise ValueError(f"step {self.step}: the loss of {name} is {loss.item()}; the last checkpoint is kept")
+        self.optimizers[name].zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.networks[name].parameters(), clip)
+        self.optimizers[name].step()
+
+    @torch.no_grad()
+    def average(self, decay):
+        """EMA of the main network's weights, with a shorter memory during the first steps."""
+        decay = min(decay, (1 + self.step) / (10 + self.step))
+        for average, weight in zip(self.ema.state_dict().values(), self.networks[self.main].state_dict().values()):
+            average.lerp_(weight, 1 - decay) if average.is_floating_point() else average.copy_(weight)
+
+    def tensors(self):
+        """Every tensor of the run under a flat name."""
+        out = {f"ema/{k}": w for k, w in self.ema.state_dict().items()}
+        for name, net in self.networks.items():
+            out |= {f"{name}/{k}": w for k, w in net.state_dict().items()}
+            for index, moments in self.optimizers[name].state_dict()["state"].items():
+                out |= {f"adam/{name}/{index}/{k}": torch.as_tensor(w) for k, w in moments.items()}
+        return {k: w.detach().cpu().contiguous() for k, w in out.items()}
+
+    def save(self, path):
+        with atomic(path) as temporary:
+            save_file(self.tensors(), temporary, metadata={"step": str(self.step)})
+
+    def load(self, path):
+        with safe_open(str(path), framework="pt") as file:
+            tensors = {k: file.get_tensor(k) for k in file.keys()}
+            self.step = int(file.metadata()["step"])
+        strip = lambda prefix: {k[len(prefix):]: w for k, w in tensors.items() if k.startswith(prefix)}
+        self.ema.load_state_dict(strip("ema/"))
+        for name, net in self.networks.items():
+            net.load_state_dict(strip(f"{name}/"))
+            moments = {}
+            for key, w in strip(f"adam/{name}/").items():
+                index, _, field = key.partition("/")
+                moments.setdefault(int(index), {})[field] = w
+            groups = self.optimizers[name].state_dict()["param_groups"]
+            self.optimizers[name].load_state_dict({"state": moments, "param_groups": groups})
+
+
+class Stream(torch.utils.data.Dataset):
+    """Item n is the batch of step n, so that a worker process can prepare batches ahead and in order."""
+
+    def __init__(self, batches, steps):
+        self.batches, self.steps = batches, steps
+
+    def __len__(self):
+        return self.steps
+
+    def __getitem__(self, step):
+        return self.batches(step)
+
+
+def learning_rate(step, args):
+    """Linear warm-up, then a cosine down to 2 % of args.lr at the last step."""
+    if step < args.warmup:
+        return args.lr * (step + 1) / args.warmup
+    return args.lr * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - args.warmup) / (args.steps - args.warmup))))
+
+
+def run(state, batches, update, evaluate, args):
+    """The loop: batches(step) -> update(state, batch) -> {name: loss}; evaluate(ema) -> {name: figure} now and then."""
+    out = Path(args.out)
+    checkpoint = out / f"{args.task}-checkpoint.safetensors"
+    if checkpoint.exists():
+        state.load(checkpoint)
+        print(f"resuming {checkpoint} at step {state.step}", flush=True)
+    loader = torch.utils.data.DataLoader(
+        Stream(batches, args.steps), batch_size=None, sampler=range(state.step, args.steps), num_workers=args.workers,
+        multiprocessing_context="spawn" if args.workers else None, prefetch_factor=4 if args.workers else None,
+    )
+    log, sums, began = out / f"{args.task}-log.csv", {}, time.time()
+    for batch in loader:
+        for optimizer in state.optimizers.values():
+            optimizer.param_groups[0]["lr"] = learning_rate(state.step, args)
+        torch.manual_seed(args.seed * 1_000_003 + state.step)
+        losses = update(state, [x.to(args.device) for x in batch])
+        state.step += 1
+        state.average(args.ema)
+        for name, value in losses.items():
+            sums.setdefault(name, []).append(float(value))
+        last = state.step == args.steps
+        if state.step % args.log_every == 0 or last:
+            row = {"step": state.step, "seconds": round(time.time() - began, 1)}
+            row |= {name: sum(values) / len(values) for name, values in sums.items()}
+            sums = {}
+            report(log, row)
+        if state.step % args.save_every == 0 or last:
+            state.save(checkpoint)
+        if evaluate and (state.step % args.eval_every == 0 or last):
+            report(log.with_name(f"{args.task}-eval.csv"), {"step": state.step} | evaluate(state.ema))
+    return state.ema
+
+
+def report(path, row):
+    """One plain line on the terminal and one row of a CSV file."""
+    print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
+    new = not path.exists()
+    with open(path, "a", newline="") as file:
+        writer = csv.DictWriter(file, list(row))
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def clip_seed(args_seed, step, item, per_step):
+    """A seed for item `item` of step `step`, never one of the held-out clips."""
+    return TRAINING_SEED + args_seed * 1_000_000_000 + step * per_step + item
+
+
+# ---- Autoencoder
+
+
+@dataclass
+class FrameBatches:
+    """Single frames of many worlds: step -> [frames (batch, 3, size, size) in [-1, 1]], three from each clip."""
+
+    batch: int
+    seed: int
+    size: int = 64
+
+    def __call__(self, step):
+        clips = -(-self.batch // 3)
+        videos = [bounce(clip_seed(self.seed, step, i, clips), fps=5 / 3, size=self.size).video for i in range(clips)]
+        return [to_frames(np.concatenate(videos)[: self.batch])]
+
+
+def to_frames(video):
+    """uint8 (..., H, W, 3) -> float32 (..., 3, H, W) in [-1, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(video)).movedim(-1, -3).contiguous().float() / 127.5 - 1
+
+
+def psnr(a, b):
+    """Mean over frames of the peak signal-to-noise ratio in dB; a, b (N, 3, H, W) in [-1, 1]."""
+    return float((-10 * torch.log10(((a - b) / 2).square().mean(dim=(1, 2, 3)).clamp(min=1e-10))).mean())
+
+
+def train_vae(args):
+    """The autoencoder on single frames. A new one's scale and shift are measured at the end, on fresh clips."""
+    config = VAEConfig(**json.loads(args.config)) if args.config else SMALL_VAE
+    vae = initial(VAE, config, args)
+    if not args.init:
+        quick_start(vae, FrameBatches(240, args.seed)(args.steps)[0])
+    for part in (vae.encoder, vae.quant_conv) if args.freeze_encoder else ():
+        part.requires_grad_(False)
+    state = State({"vae": vae}, "vae")
+
+    def update(state, batch):
+        with fast_autocast(args.device):
+            loss, out = vae_loss(state.networks["vae"], batch[0])
+        state.descend("vae", loss, clip=math.inf)
+        return {"loss": loss.detach(), "psnr": psnr(out.detach(), batch[0])}
+
+    held_out = to_frames(np.concatenate([bounce(VALIDATION_SEED + i, fps=5 / 3).video for i in range(80)]))[None]
+
+    def evaluate(vae):
+        return {"held_out_psnr": psnr(vae.decode(vae.encode(held_out))[0], held_out[0])}
+
+    vae = run(state, FrameBatches(args.batch, args.seed), update, evaluate, args)
+    if args.init:
+        return vae
+    mean = vae.encode(FrameBatches(480, args.seed)(args.steps)[0][None]) / vae.config.scale + vae.config.shift
+    print("latent mean and deviation by channel", mean.mean((0, 1, 3, 4)).tolist(), mean.std((0, 1, 3, 4)).tolist())
+    vae.config = replace(vae.config, scale=float(1 / mean.std()), shift=float(mean.mean()))
+    return vae
+
+
+SMALL_VAE = VAEConfig(channels=(16, 32, 64, 96), blocks=1, groups=4, latent_channels=8)
+
+
+# ---- Vocoder
+
+
+@dataclass
+class SoundBatches:
+    """Sounds of the world: step -> [waves (batch, S)], `seconds` long (P: 4 s)."""
+
+    batch: int
+    seed: int
+    seconds: float
+
+    def __call__(self, step):
+        seeds = [clip_seed(self.seed, step, i, self.batch) for i in range(self.batch)]
+        return [torch.from_numpy(np.stack([bounce(s, self.seconds, size=0).audio for s in seeds]))]
+
+
+SMALL_VOCODER = VocoderConfig(base=16)
+SMALL_DISCRIMINATOR = DiscriminatorConfig(max_channels=256)
+
+
+def train_vocoder(args):
+    """MelGAN with HiFi-GAN's losses (P): the mel loss alone up to step --adversarial-from, then all of them."""
+    config = VocoderConfig(**json.loads(args.config)) if args.config else SMALL_VOCODER
+    torch.manual_seed(args.seed)
+    networks = {
+        "vocoder": add_weight_norm(initial(Vocoder, config, args)),
+        "discriminator": Discriminator(SMALL_DISCRIMINATOR).to(args.device),
+    }
+    state = State(networks, "vocoder", betas=(0.8, 0.99))
+    vocoder, discriminator = networks["vocoder"], networks["discriminator"]
+
+    def update(state, batch):
+        wave, mel = batch[0], log_mel(batch[0], config)
+        output = vocoder(mel)
+        if state.step < args.adversarial_from:
+            loss = mel_loss(output, wave, config)
+            state.descend("vocoder", 45 * loss)
+            return {"mel": loss.detach()}
+        critic = discriminator_loss(discriminator(wave), discriminator(output.detach()))
+        state.descend("discriminator", critic)
+        loss = generator_loss(discriminator(wave), discriminator(output), wave, output, config)
+        state.descend("vocoder", loss.total)
+        return {"mel": loss.mel.detach(), "adversarial": loss.adversarial.detach(),
+                "features": loss.features.detach(), "critic": critic.detach()}
+
+    held_out = torch.from_numpy(np.stack([bounce(VALIDATION_SEED + i, args.seconds, size=0).audio for i in range(8)]))
+
+    def evaluate(ema):
+        with torch.no_grad():
+            return {"held_out_mel": float(mel_loss(ema(log_mel(held_out, config)), held_out, config))}
+
+    return run(state, SoundBatches(args.batch, args.seed, args.seconds), update, evaluate, args).folded()
+
+
+# ---- The model
+
+
+@dataclass
+class PairBatches:
+    """Clips of the world, drawn fresh and encoded: step -> [latents (batch, T, C, H, W), normalised mel (batch, M, L)].
+
+    18 frames go with the first 112 mel frames of their 1.8 s (P)."""
+
+    batch: int
+    seed: int
+    vae_path: str
+    config: CMMDConfig
+    mel_config: VocoderConfig
+
+    def __post_init__(self):
+        self.vae = None  # loaded by the process that draws the batches
+
+    def __call__(self, step):
+        if self.vae is None:
+            self.vae = load(self.vae_path, VAE)
+        c = self.config
+        seeds = [clip_seed(self.seed, step, i, self.batch) for i in range(self.batch)]
+        clips = [bounce(s, c.frames / c.fps, c.fps, c.size, c.sample_rate) for s in seeds]
+        latents = self.vae.encode(to_frames(np.stack([clip.video for clip in clips])))
+        mel = log_mel(torch.from_numpy(np.stack([clip.audio for clip in clips])), self.mel_config)
+        return [latents, (mel - c.mel_mean) / c.mel_std]
+
+
+def train_cmmd(args):
+    """The joint model (Eq. 2): first --first-lesson steps with one side clean and the other at t >= 0.7, then the mixture
+    of `draw_times` (both ours)."""
+    vae, front = load(args.vae, VAE), SMALL_VOCODER
+    sizes = json.loads(args.config) if args.config else {}
+    config = CMMDConfig(
+        latent_channels=vae.config.latent_channels, sample_rate=front.sample_rate, n_fft=front.n_fft, hop=front.hop,
+        mel_bins=front.mel_bins, **sizes)
+    if not args.init:
+        measured = PairBatches(64, args.seed, args.vae, replace(config, mel_mean=0.0, mel_std=1.0), front)(args.steps)[1]
+        config = replace(config, mel_mean=round(float(measured.mean()), 3), mel_std=round(float(measured.std()), 3))
+    model = initial(CMMD, config, args).to(memory_format=torch.channels_last)
+    config = model.config
+    state = State({"cmmd": model}, "cmmd")
+
+    def losses(model, latents, mel, times):
+        noise = torch.randn_like(latents), torch.randn_like(mel)
+        return joint_loss(model, latents, mel, *(t.to(latents.device) for t in times), *noise)
+
+    def update(state, batch):
+        loss = losses(model, *batch, draw_times(len(batch[0]), state.step < args.first_lesson))
+        state.descend("cmmd", loss.sum(dim=1).mean())
+        return {"video": loss[:, 0].mean().detach(), "audio": loss[:, 1].mean().detach()}
+
+    clips = [bounce(VALIDATION_SEED + i, config.frames / config.fps, config.fps, config.size) for i in range(64)]
+    latents = vae.encode(to_frames(np.stack([clip.video for clip in clips]))).to(args.device)
+    mel = model.normalise(log_mel(torch.from_numpy(np.stack([clip.audio for clip in clips])), front)).to(args.device)
+
+    def evaluate(ema):
+        """Onset F1 and pitch of sounds made for held-out clips; loss of each side at t = 0.95, the other clean or wrong."""
+        made = generate(ema, latents, steps=8, seeds=range(len(latents)), window_batch=16)[1]
+        figures = sound_scores(ema.denormalise(made).cpu().numpy(), clips, front)
+        high, zero = torch.full((len(latents),), 0.95).to(mel), torch.zeros(len(latents)).to(mel)
+        for name, other in (("", (latents, mel)), ("_wrong", (latents.roll(1, 0), mel.roll(1, 0)))):
+            torch.manual_seed(0)
+            with torch.no_grad():
+                figures["video" + name] = float(losses(ema, latents, other[1], (high, zero))[:, 0].mean())
+                figures["audio" + name] = float(losses(ema, other[0], mel, (zero, high))[:, 1].mean())
+        return figures
+
+    return run(state, PairBatches(args.batch, args.seed, args.vae, config, front), update, evaluate, args)
+
+
+def sound_scores(mels, clips, front):
+    """Of log10 mels (N, M, L) made for N world clips: onset F1 at 50 and 100 ms, share of matched onsets in pitch."""
+    hop = front.hop / front.sample_rate
+    found = [onsets(mel, hop) for mel in mels]
+    true = [clip.times for clip in clips]
+    figures = {f"f1_{round(tol * 1000)}": float(scores(event_counts(found, true, tol).sum(0)).f1) for tol in TOLERANCES}
+    return figures | {"pitch": float(share(pitch_counts(mels, found, clips, hop, pitch_templates(front)).sum(0)))}
+
+
+# ---- Command line
+
+
+def initial(cls, config, args):
+    """A fresh network of that config, or the weights of --init to go on from."""
+    torch.manual_seed(args.seed)
+    return (load(args.init, cls).train() if args.init else cls(config)).to(args.device)
+
+
+RECIPES = {  # what each training starts from; all ours but the vocoder's seconds (P)
+    "vae": dict(steps=1600, batch=12, lr=1.2e-3, warmup=150, ema=0.995),
+    "vocoder": dict(steps=1800, batch=3, lr=1e-3, warmup=100, ema=0.995),
+    "cmmd": dict(steps=3000, batch=16, lr=1e-3, warmup=100, ema=0.997),
+}
+TRAININGS = {"vae": train_vae, "vocoder": train_vocoder, "cmmd": train_cmmd}
+
+
+def arguments(argv):
+    """The command line, with the defaults of the chosen task's recipe."""
+    parser = argparse.ArgumentParser(prog="train.py", description=__doc__.splitlines()[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    tasks = parser.add_subparsers(dest="task", required=True, metavar="vae|vocoder|cmmd")
+    for name, recipe in RECIPES.items():
+        task = tasks.add_parser(name, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        task.add_argument("--out", required=True, help="folder for checkpoints, logs and the trained weights")
+        for key, value in recipe.items():
+            task.add_argument(f"--{key}", type=type(value), default=value)
+        task.add_argument("--seed", type=int, default=0)
+        task.add_argument("--config", help="sizes of the network as JSON")
+        task.add_argument("--init", help="weights to start from")
+        task.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+        task.add_argument("--threads", type=int, help="CPU threads")
+        task.add_argument("--workers", type=int, default=1, help="processes that prepare batches")
+        task.add_argument("--log-every", type=int, default=20)
+        task.add_argument("--eval-every", type=int, default=200)
+        task.add_argument("--save-every", type=int, default=100)
+        if name == "vae":
+            task.add_argument("--freeze-encoder", action="store_true", help="train the decoder alone, latents stay")
+        if name == "vocoder":
+            task.add_argument("--seconds", type=float, default=4.0, help="length of the training crops (paper: 4)")
+            task.add_argument("--adversarial-from", type=int, default=900, help="first step with discriminators")
+        if name == "cmmd":
+            task.add_argument("--vae", required=True, help="weights of the autoencoder")
+            task.add_argument("--first-lesson", type=int, default=400, help="steps with one side clean")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    """Command line; returns the exit code, 2 after one line where something is wrong."""
+    args = arguments(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    try:
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        save(Path(args.out) / f"{args.task}.safetensors", TRAININGS[args.task](args), torch.float16)
+    except (ValueError, OSError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
