@@ -1,4 +1,4 @@
-"""CMMD: contrastive multi-modal diffusion for video-audio conditional modelling (Yang, Gamper, Braun, arXiv 2312.05412).
+"""CMMD: contrastive multi-modal diffusion for video-audio conditional modelling (Yang et al., arXiv 2312.05412).
 
 The method of the paper, over tensors: nothing here knows of files of media, frames or waves. In this order:
   files        atomic, save, load: weights and their sizes in one safetensors file
@@ -69,7 +69,7 @@ def save(path, module, dtype=None):
 
 
 def load(path, cls):
-    """Build cls(cls.Config) from a file that `save` wrote, load its weights strictly -> the module, float32, in eval mode.
+    """Build cls(cls.Config) from a file that `save` wrote, load the weights strictly -> the module, float32, eval mode.
 
     ValueError, in one line, if the file is missing, is no safetensors file, holds another class, config or tensors."""
     try:
@@ -200,7 +200,7 @@ class TimeEmbedding(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over time with rotary positions, residual: x (N, S, C) -> the same. Any S, no absolute positions."""
+    """Self-attention over time with rotary positions, residual: x (N, S, C) -> the same. Any S."""
 
     def __init__(self, c, heads):
         super().__init__()
@@ -240,7 +240,9 @@ def zeroed(module):
 
 
 class ResidualBlock(nn.Module):
-    """norm-SiLU-conv, scale and shift by time, norm-SiLU-conv. Frames (B*T, C, H, W) if dims is 2, sound (B, C, L) if 1."""
+    """norm-SiLU-conv, scale and shift by time, norm-SiLU-conv. 
+
+    Frames (B*T, C, H, W) if dims is 2, sound (B, C, L) if 1."""
 
     def __init__(self, c_in, c_out, embedding, groups, dims):
         super().__init__()
@@ -303,7 +305,7 @@ def interpolation(T, L, step, fps):
 
 def averaging(T, L, step, fps):
     """(2, T, L): row k of the first averages the mel frames that sound while video frame k is shown; the second weighs
-    them by when they sound, from -1 at its start to 1 at its end, so that a frame knows a touch's time within itself."""
+    them by when they sound, from -1 at its start to 1 at its end, so that a frame knows when within it a touch is."""
     frame, mel = torch.arange(T)[:, None] / fps, torch.arange(L)[None] * step
     overlap = (torch.minimum(frame + 1 / fps, mel + step) - torch.maximum(frame, mel)).clamp(min=0)  # (T, L) seconds
     overlap = overlap / overlap.sum(dim=1, keepdim=True).clamp(min=1e-6)
@@ -317,13 +319,20 @@ def phase(L, step, fps):
     return torch.stack([angle.cos(), angle.sin()])
 
 
+def moving(x):
+    """x (B, T, C) -> what changes in it: each channel less its mean over T, scaled to unit variance."""
+    x = x - x.mean(dim=1, keepdim=True)
+    return x * (x.square().mean(dim=1, keepdim=True) + 1e-3).rsqrt()
+
+
 class EasyFusion(nn.Module):
     """Easy fusion (Fig. 1; defined here, the paper's appendix being out of reach): each modality's features, brought to
     the other's times and projected, are added to the other's. Cost O(T*H*W*C), no attention between the modalities.
 
-    Video to audio: per head, a 1x1 convolution scores the positions of a frame and a softmax over H*W weighs them (a ball
-    fills 2 % of the picture and drowns in a plain mean). Audio to video: added everywhere and, by a second projection,
-    where a learned map over H*W of peak 1 says."""
+    Video to audio: per head, a 1x1 convolution scores the positions of a frame and a softmax over H*W weighs them (a
+    ball fills 2 % of the picture and drowns in a plain mean); what is found there and where that is cross as they are
+    and, since a still background drowns a small ball over time too, as they move. Audio to video: added everywhere and,
+    by a second projection, where a learned map over H*W of peak 1 says."""
 
     def __init__(self, video, audio, config):
         super().__init__()
@@ -331,33 +340,46 @@ class EasyFusion(nn.Module):
         self.norm_video, self.norm_audio = nn.GroupNorm(config.groups, video), nn.GroupNorm(config.groups, audio)
         self.score = nn.Conv2d(video, 2 * heads, 1) if config.fusion == "learned" else None
         self.norm_pooled = nn.LayerNorm(video)
-        self.to_audio = nn.Conv1d(video + 2, audio, 1)
+        self.to_audio = nn.Conv1d(2 * (video + 2 * heads) + 2, audio, 1)
         self.to_video = nn.Linear(2 * audio, 2 * video)
+        if self.score is not None:
+            nn.init.normal_(self.score.weight, std=3 * video**-0.5)  # heads that look at something from the start
 
     def forward(self, video, audio, step):
         """video (B*T, Cv, H, W), audio (B, Ca, L), `step` seconds a mel frame at this level -> both, fused."""
-        B, L, heads = len(audio), audio.shape[2], self.config.heads
-        T, (_, C, H, W) = len(video) // B, video.shape
-        fps, device = self.config.fps, audio.device
         values = self.norm_video(video)
+        look, write = self._attend(values)
+        return video + self._to_video(audio, video, write, step), audio + self._to_audio(audio, values, look, step)
+
+    def _attend(self, values):
+        """values (N, C, H, W) -> weights to read by, summing to 1, and to write by, of peak 1, each (N, heads, H*W)."""
+        N, _, H, W = values.shape
         if self.score is None:
-            pooled, where = values.mean(dim=(2, 3)), None
-        else:
-            scores = self.score(values).flatten(2).float().softmax(dim=2).to(values.dtype)  # (B*T, 2*heads, H*W)
-            look, where = scores.chunk(2, dim=1)
-            pooled = torch.einsum("nhcp,nhp->nhc", values.reshape(B * T, heads, C // heads, H * W), look).flatten(1)
-        pooled = self.norm_pooled(pooled).unflatten(0, (B, T))  # (B, T, Cv)
-        mix = interpolation(T, L, step, fps).to(device, pooled.dtype)
-        heard = torch.cat([(mix @ pooled).transpose(1, 2), phase(L, step, fps).to(device, pooled.dtype).expand(B, 2, L)], 1)
-        mix = averaging(T, L, step, fps).to(device, audio.dtype)
-        seen = torch.einsum("stl,bcl->btsc", mix, self.norm_audio(audio).to(audio.dtype))  # (B, T, 2, Ca)
-        everywhere, there = self.to_video(seen.flatten(2)).flatten(0, 1).chunk(2, dim=1)  # (B*T, Cv)
-        change = everywhere[:, :, None, None]
-        if where is not None:
-            where = where / where.amax(dim=2, keepdim=True)  # (B*T, heads, H*W), peak 1
-            there = there.reshape(B * T, heads, C // heads, 1) * where[:, :, None]
-            change = change + there.reshape(B * T, C, H, W)
-        return video + change, audio + self.to_audio(heard)
+            even = values.new_ones(N, self.config.heads, H * W)
+            return even / (H * W), even
+        look, write = self.score(values).flatten(2).float().chunk(2, dim=1)
+        return look.softmax(dim=2), (write - write.amax(dim=2, keepdim=True)).exp()
+
+    def _to_audio(self, audio, values, look, step):
+        B, L = len(audio), audio.shape[2]
+        N, C, H, W = values.shape
+        heads, fps, device = self.config.heads, self.config.fps, audio.device
+        found = torch.einsum("nhcp,nhp->nhc", values.reshape(N, heads, C // heads, H * W).float(), look)
+        rows, columns = torch.linspace(-1, 1, H, device=device), torch.linspace(-1, 1, W, device=device)
+        grid = torch.stack([rows.repeat_interleave(W), columns.repeat(H)], dim=1)  # (H*W, 2)
+        found, place = (x.flatten(1).unflatten(0, (B, -1)) for x in (found, look @ grid))  # (B, T, C), (B, T, 2*heads)
+        crossing = torch.cat([self.norm_pooled(found), place, moving(torch.cat([found, place], dim=2))], dim=2)
+        mix = interpolation(N // B, L, step, fps).to(device)
+        within = phase(L, step, fps).to(device).expand(B, 2, L)
+        return self.to_audio(torch.cat([(mix @ crossing.float()).transpose(1, 2), within], dim=1))
+
+    def _to_video(self, audio, video, write, step):
+        B, L, (N, C, H, W) = len(audio), audio.shape[2], video.shape
+        mix = averaging(N // B, L, step, self.config.fps).to(audio.device)
+        seen = torch.einsum("stl,bcl->btsc", mix, self.norm_audio(audio).float())  # (B, T, 2, Ca)
+        everywhere, there = self.to_video(seen.flatten(2)).flatten(0, 1).chunk(2, dim=1)  # (N, Cv)
+        there = there.reshape(N, self.config.heads, -1, 1) * write[:, :, None]  # (N, heads, Cv/heads, H*W)
+        return everywhere[:, :, None, None] + there.reshape(N, C, H, W)
 
 
 class Pair(nn.Module):
@@ -403,10 +425,11 @@ class CMMD(nn.Module):
                 pair((v + (v if j else last_v), v), (a + (a if j else last_a), a), i) for j in range(config.blocks)))
         self.video_down = nn.ModuleList(nn.Conv2d(c, c, 3, 2, 1) for c in video[:-1])
         self.audio_down = nn.ModuleList(nn.Conv1d(c, c, 3, 2, 1) for c in audio[:-1])
-        self.video_out = nn.Sequential(
-            nn.GroupNorm(config.groups, video[0]), nn.SiLU(), zeroed(nn.Conv2d(video[0], config.latent_channels, 3, 1, 1)))
-        self.audio_out = nn.Sequential(
-            nn.GroupNorm(config.groups, audio[0]), nn.SiLU(), zeroed(nn.Conv1d(audio[0], config.mel_bins, 3, 1, 1)))
+        last_video = zeroed(nn.Conv2d(video[0], config.latent_channels, 3, padding=1))
+        last_audio = zeroed(nn.Conv1d(audio[0], config.mel_bins, 3, padding=1))
+        self.video_out = nn.Sequential(nn.GroupNorm(config.groups, video[0]), nn.SiLU(), last_video)
+        self.audio_out = nn.Sequential(nn.GroupNorm(config.groups, audio[0]), nn.SiLU(), last_audio)
+        self.to(memory_format=torch.channels_last)  # (B*T, H, W, C) in memory: time is reached without a copy
 
     def normalise(self, mel):
         """log10 mel -> about zero mean and unit variance."""
@@ -454,12 +477,12 @@ class CMMD(nn.Module):
 def draw_times(B, first_lesson=False):
     """Noise levels for a batch -> t_video, t_audio (B,). Ours; the paper has one t for both.
 
-    The first lesson of a training: one side clean, the other at t >= 0.7, half of the batch each way. Then the mixture:
-    40 % one t, 20 % two, 20 % clean video, 20 % clean audio, times drawn towards high noise as 1 - u^2; of the clean
-    samples a quarter have the other side at t = 1."""
-    side = torch.rand(B) < 0.5
+    The first lesson of a training: one side clean (the video in three of four samples), the other at t = 1 or, in half
+    of them, at t >= 0.7. Then the mixture: 40 % one t, 20 % two, 20 % clean video, 20 % clean audio, times drawn
+    towards high noise as 1 - u^2; of the clean samples a quarter have the other side at t = 1."""
     if first_lesson:
-        t = 0.7 + 0.3 * torch.rand(B)
+        side = torch.rand(B) < 0.75
+        t = (0.7 + 0.6 * torch.rand(B)).clamp(max=1.0)
         return torch.where(side, 0.0, t), torch.where(side, t, 0.0)
     kind = torch.rand(B)
     t_video, t_audio = 1 - torch.rand(2, B).square()
@@ -475,7 +498,7 @@ def draw_times(B, first_lesson=False):
 def joint_loss(model, video, audio, t_video, t_audio, noise_video, noise_audio):
     """Eq. 2: the mean squared velocity error of each sample and modality -> (B, 2), video then audio.
 
-    video (B, T, C, H, W), audio (B, M, L) clean; times (B,). A clean side (t = 0) has nothing to predict: its loss is 0."""
+    video (B, T, C, H, W), audio (B, M, L) clean; times (B,). The loss of a clean side (t = 0) is 0."""
     noisy = [diffuse(x, n, t) for x, n, t in ((video, noise_video, t_video), (audio, noise_audio, t_audio))]
     with fast_autocast(video.device):
         predicted = model(*noisy, t_video, t_audio)
@@ -496,8 +519,8 @@ def generate(model, video=None, audio=None, frames=None, *, steps=10, condition=
     video: latents (B, T, C, H, W) and audio: mel (B, M, L), as VAE.encode and CMMD.normalise give them. frames: T where
     no video is given; for a sound, by default as many as it fills.
     condition, how the given side enters: "clean" at its own t = 0 (ours), with guidance w (default 0) away from the
-    prediction that does not see it; "replace" noised to the current level (Eq. 5); "guide" also pulled down the gradient
-    of its own reconstruction (Eq. 3) with lambda = guidance (default 1).
+    prediction that does not see it; "replace" noised to the current level (Eq. 5); "guide" also pulled down the
+    gradient of its own reconstruction (Eq. 3) with lambda = guidance (default 1).
     sampler: "ddim" with `stochasticity` s in [0, 1] (0 DDIM, 1 fresh noise at every step) or "dpm", DPM-Solver++(2M).
     seeds: one a sample; the same seed gives the same noise on any device and in any batch. Clips longer than a training
     window are cut into windows every `stride` frames, `window_batch` at a time, whose predictions are blended at every
@@ -510,7 +533,7 @@ def generate(model, video=None, audio=None, frames=None, *, steps=10, condition=
         T, (H, W) = known.shape[1], known.shape[3:]
     elif given == 1 and T is None:
         T = max(1, math.floor(known.shape[2] * config.hop * config.fps / config.sample_rate + 1e-6))
-    if not T or T < 1 or len(seeds) != (len(seeds) if known is None else len(known)):
+    if not T or T < 1 or not len(seeds) or (known is not None and len(seeds) != len(known)):
         raise ValueError(f"generate needs at least one frame and one seed a sample; got {T} frames, {len(seeds)} seeds")
     windows = Windows(T, config, stride, window_batch)
     L = mel_frames(T, config) if given != 1 else known.shape[2]
@@ -546,7 +569,7 @@ def _check_request(video, audio, steps, condition, sampler, stochasticity):
 def integrate(predict, noise, given, steps, sampler="ddim", stochasticity=0.0, draw=None, progress=None):
     """From pure noise at t = 1 down to t = 0 in equal steps -> [video, audio].
 
-    predict(x, t, noise) -> [video, audio], the predicted clean data; `given` is the side that predict supplies itself."""
+    predict(x, t, noise) -> [video, audio], the predicted clean data; predict itself supplies the side `given`."""
     x, before = list(noise), None
     for i in range(steps):
         t, t_next = 1 - i / steps, 1 - (i + 1) / steps
@@ -571,8 +594,8 @@ def ddim_step(x_t, x_0, t, t_next, stochasticity=0.0, fresh=0.0):
 
 
 def dpm_step(x_t, x_0, x_0_before, t, t_next, dt):
-    """DPM-Solver++(2M) (Lu et al. 2022, Alg. 2) from t to t_next; first order in the first two steps and the last, where
-    the log signal-to-noise ratio is infinite at one end."""
+    """DPM-Solver++(2M) (Lu et al. 2022, Alg. 2) from t to t_next; first order in the first two steps and the last,
+    where the log signal-to-noise ratio is infinite at one end."""
     half_log_snr = lambda u: -math.log(math.tan(u * math.pi / 2))
     if x_0_before is not None and t + dt < 1 - 1e-6 and t_next > 1e-6:
         h, h_before = half_log_snr(t_next) - half_log_snr(t), half_log_snr(t) - half_log_snr(t + dt)
@@ -616,19 +639,19 @@ class Windows:
     """Overlapping windows over a canvas of T video frames and the mel frames that go with them.
 
     Windows are as long as those of the training and start on whole mel frames; the canvas is lengthened by a few frames
-    if need be. Predictions are joined with triangular weights. Memory is bounded by the batch of windows, and what comes
-    out does not depend on it."""
+    if need be. Predictions are joined with triangular weights. Memory is bounded by the batch of windows, and the
+    result does not depend on it."""
 
     def __init__(self, T, config, stride, batch):
         per_frame = config.sample_rate / (config.fps * config.hop)  # mel frames a video frame
         grid = next((n for n in range(1, config.frames) if abs(n * per_frame - round(n * per_frame)) < 1e-6), 1)
         size = min(T, config.frames)
-        stride = min(max(grid, stride // grid * grid), size)
+        stride = max(grid, min(stride, size) // grid * grid)
         self.T = size + -(-(T - size) // grid) * grid
         self.L, self.batch, last = mel_frames(self.T, config), batch, self.T - size
-        starts = sorted({*range(0, last, stride), last})
-        self.starts = [[(s, size) for s in starts],
-                       [(round(s * per_frame), min(mel_frames(size, config), self.L)) for s in starts]]
+        starts, n = [*range(0, last, stride), last], mel_frames(size, config)
+        mel_starts = [min(round(s * per_frame), self.L - n) for s in starts[:-1]] + [self.L - n]
+        self.starts = [[(s, size) for s in starts], [(s, n) for s in mel_starts]]
         self.weights = [self._blend_weights(side) for side in (0, 1)]
 
     def _blend_weights(self, side):
@@ -676,8 +699,8 @@ class Windows:
         return out
 
     def reconstruction_gradient(self, model, x, t, known, given):
-        """Eq. 3: [video, audio] predicted clean from x at t, and the gradient of ||known - its prediction||^2, summed over
-        elements, with respect to the other, noisy side. Across windows the squares are weighed by their blend shares."""
+        """Eq. 3: [video, audio] predicted clean from x at t, and the gradient of ||known - its prediction||^2, summed
+        over elements, with respect to the other, noisy side. Where windows overlap, their shares weigh the squares."""
         out, gradient = [torch.zeros_like(x[0]), torch.zeros_like(x[1])], torch.zeros_like(x[1 - given])
         for pairs in self.batches(len(x[0])):
             parts = [self.cut(x[side], side, pairs) for side in (0, 1)]

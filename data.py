@@ -42,7 +42,7 @@ COPIED = {  # pictures that each container takes as they are; any other is encod
     ".webm": ("vp8", "vp9", "av1"),
 }
 NO_TIME = -(2**63)  # what ffmpeg prints for a packet without a time
-TIE = 0.0005  # s; two frames this nearly as near are a tie: containers round times to 1 ms
+TIE = 0.0005  # s; a change of frames this near to a sampled time is at it: containers round times to 1 ms
 
 
 # ---- What a file holds
@@ -127,7 +127,7 @@ def _existing(path):
 class Video:
     """A file's frames at `fps`: iterate for chunks uint8 (n, size, size, 3), n <= chunk; `seconds` is exact afterwards.
 
-    Frame k is the source frame shown nearest to (k + 1/2)/fps after the clip's start (the earlier of two as near),
+    Frame k is the source frame on screen at (k + 1/2)/fps after the clip's start (the earlier of two that meet there),
     whatever the source's rate, constant or not; there are ceil(seconds * fps). Rotation is applied, pixels are square,
     the centre square is cropped. `start` and `seconds` (s) choose a stretch. What cannot be decoded is replaced by the
     nearest frames, with a warning that says how much is missing. ValueError, in one line, for what has no picture."""
@@ -155,19 +155,18 @@ class Video:
         return np.frombuffer(b"".join(frames), np.uint8).reshape(-1, self.size, self.size, 3)
 
     def _sampled(self):
-        """Yield the bytes of frame 0, 1, ...: each source frame lasts until half-way to the next one's time."""
+        """Yield the bytes of frame 0, 1, ...: each source frame lasts until the next one's time."""
         log, k, end, missing, last = {"errors": 0, "damaged": 0}, 0, 0.0, 0.0, None
         most = math.inf if self.limit is None else _frame_count(self.limit, self.fps)
         for time, duration, frame in _decode(self.path, self.media, self.size, self.start, log):
             if last is not None:
                 missing += max(0.0, time - end) if time > max(end, 0.0) + 0.5 * duration else 0.0
-                turn = (last_time + time) / 2 + TIE
-                while k < most and (k + 0.5) / self.fps <= turn:
+                while k < most and (k + 0.5) / self.fps <= time + TIE:
                     yield last
                     k += 1
-                if k == most:
+                if k == most and time >= self.limit - TIE:
                     break
-            last, last_time, end = frame, time, time + (duration or 1 / self.fps)
+            last, end = frame, time + (duration or 1 / self.fps)
         if last is None or end <= 0:
             raise ValueError(f"{self.path}: no picture from {self.start:g} s on; it is {self.seconds or 0:g} s long")
         whole = self.media.seconds - self.start if self.media.seconds and k < most else end
@@ -415,7 +414,7 @@ def bounce(seed, seconds=1.8, fps=10, size=64, sample_rate=16000):
 
     Every touch of the floor sounds and every sound is a touch; touches before the clip's start leave their ring in it.
     Colour tells a ball's pitch (KIND_HUE, KIND_PITCH), speed its loudness. There are 1-5 touches per 1.8 s, at least
-    140 ms apart. The same seed gives the same clip; `size` and `fps` only change how it is drawn; size 0 draws nothing."""
+    140 ms apart. The same seed gives the same clip; `size` and `fps` only change how it is drawn, size 0 not at all."""
     rng = np.random.default_rng([seed, 0])
     while True:
         touches = _draw_touches(rng, seconds)
@@ -526,7 +525,8 @@ class _Ball:
     def _shade(self, t):
         """A function (dx, dy in radii) -> colour (..., 3) for the ball's surface."""
         def shade(dx, dy):
-            light = 1 - self.rim * np.clip(dx**2 + dy**2, 0, 1) + self.shine * np.exp(-4 * ((dx + 0.4) ** 2 + (dy + 0.4) ** 2))
+            shine = np.exp(-4 * ((dx + 0.4) ** 2 + (dy + 0.4) ** 2))
+            light = 1 - self.rim * np.clip(dx**2 + dy**2, 0, 1) + self.shine * shine
             if self.stripe:
                 a = self.angle + self.spin * t
                 light = light * np.where(np.abs(dx * np.cos(a) + dy * np.sin(a)) < 0.2, 0.6, 1.0)
@@ -562,7 +562,8 @@ def _backdrop(rng, size):
         cx, cy, w, h = rng.uniform(0, 1), rng.uniform(0, floor), rng.uniform(0.08, 0.3), rng.uniform(0.08, 0.3)
         soft = rng.uniform(16, 64)
         box = np.clip((w - np.abs(x - cx)) * soft + 0.5, 0, 1) * np.clip((h - np.abs(y - cy)) * soft + 0.5, 0, 1)
-        scene = scene + box * rng.uniform(0.1, 0.5) * (_rgb(rng.random(), rng.uniform(0, 0.3), rng.uniform(0.15, 0.95)) - scene)
+        opacity, colour = rng.uniform(0.1, 0.5), _rgb(rng.random(), rng.uniform(0, 0.3), rng.uniform(0.15, 0.95))
+        scene = scene + box * opacity * (colour - scene)
     edge = np.clip((y - floor) * size + 0.5, 0, 1)
     scene = scene + edge * (ground * (1 - 0.3 * rng.random() * (y - floor)) - scene)
     return np.ascontiguousarray(scene, dtype=np.float32), floor

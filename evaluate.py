@@ -224,6 +224,7 @@ def through_wav_file(waves, sample_rate, folder):
 
 
 def batches(items, size):
+    """Slices of `items`, `size` long; the last may be shorter."""
     return (items[i:i + size] for i in range(0, len(items), size))
 
 

@@ -174,7 +174,7 @@ def _video_input(video, fps, seconds, models, tell):
 def _array_chunks(video, fps, seconds, config):
     """Frames (T, H, W, 3) at `fps` -> chunks of uint8 frames at the model's rate and size, and their length in seconds.
 
-    The nearest frame in time and the centre square, as `data.Video` takes them."""
+    The frame on screen and the centre square, as `data.Video` takes them."""
     video = np.asarray(video)
     if video.ndim != 4 or video.shape[3] != 3 or not video.size or video.dtype.kind not in "uf":
         raise ValueError(f"video: expected (T, H, W, 3), uint8 or float in [0, 1], got {video.dtype} {video.shape}")
@@ -182,7 +182,7 @@ def _array_chunks(video, fps, seconds, config):
         raise ValueError(f"video: float frames must lie in [0, 1], got {video.min():.3g} to {video.max():.3g}")
     length = min(len(video) / fps, seconds or math.inf)
     times = (np.arange(max(1, math.ceil(length * config.fps - 0.01))) + 0.5) / config.fps
-    index = np.clip(np.ceil((times - data.TIE) * fps + 0.5).astype(int) - 1, 0, len(video) - 1)
+    index = np.clip(np.ceil((times - data.TIE) * fps).astype(int) - 1, 0, len(video) - 1)
     _, H, W, _ = video.shape
     side = min(H, W)
     square = video[:, (H - side) // 2 :, (W - side) // 2 :][:, :side, :side]

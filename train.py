@@ -192,7 +192,7 @@ def psnr(a, b):
 
 def train_vae(args):
     """The autoencoder on single frames. A new one's scale and shift are measured at the end, on fresh clips."""
-    config = VAEConfig(**json.loads(args.config)) if args.config else SMALL_VAE
+    config = replace(SMALL_VAE, **args.config)
     vae = initial(VAE, config, args)
     if not args.init:
         quick_start(vae, FrameBatches(240, args.seed)(args.steps)[0])
@@ -214,9 +214,10 @@ def train_vae(args):
     vae = run(state, FrameBatches(args.batch, args.seed), update, evaluate, args)
     if args.init:
         return vae
-    mean = vae.encode(FrameBatches(480, args.seed)(args.steps)[0][None]) / vae.config.scale + vae.config.shift
-    print("latent mean and deviation by channel", mean.mean((0, 1, 3, 4)).tolist(), mean.std((0, 1, 3, 4)).tolist())
-    vae.config = replace(vae.config, scale=float(1 / mean.std()), shift=float(mean.mean()))
+    vae.config = replace(vae.config, scale=1.0, shift=0.0)
+    latents = vae.encode(FrameBatches(480, args.seed)(args.steps)[0][None])
+    deviation, mean = torch.std_mean(latents, dim=(0, 1, 3, 4))
+    vae.config = replace(vae.config, scale=tuple((1 / deviation).tolist()), shift=tuple(mean.tolist()))
     return vae
 
 
@@ -245,7 +246,7 @@ SMALL_DISCRIMINATOR = DiscriminatorConfig(max_channels=256)
 
 def train_vocoder(args):
     """MelGAN with HiFi-GAN's losses (P): the mel loss alone up to step --adversarial-from, then all of them."""
-    config = VocoderConfig(**json.loads(args.config)) if args.config else SMALL_VOCODER
+    config = replace(SMALL_VOCODER, **args.config)
     torch.manual_seed(args.seed)
     networks = {
         "vocoder": add_weight_norm(initial(Vocoder, config, args)),
@@ -255,7 +256,8 @@ def train_vocoder(args):
     vocoder, discriminator = networks["vocoder"], networks["discriminator"]
 
     def update(state, batch):
-        wave, mel = batch[0], log_mel(batch[0], config)
+        wave = batch[0][:, : batch[0].shape[1] // config.hop * config.hop]
+        mel = log_mel(wave, config)
         output = vocoder(mel)
         if state.step < args.adversarial_from:
             loss = mel_loss(output, wave, config)
@@ -307,17 +309,17 @@ class PairBatches:
 
 
 def train_cmmd(args):
-    """The joint model (Eq. 2): first --first-lesson steps with one side clean and the other at t >= 0.7, then the mixture
-    of `draw_times` (both ours)."""
+    """The joint model (Eq. 2): first --first-lesson steps with one side clean and the other at t >= 0.7, then the
+    mixture of `draw_times` (both ours)."""
     vae, front = load(args.vae, VAE), SMALL_VOCODER
-    sizes = json.loads(args.config) if args.config else {}
     config = CMMDConfig(
         latent_channels=vae.config.latent_channels, sample_rate=front.sample_rate, n_fft=front.n_fft, hop=front.hop,
-        mel_bins=front.mel_bins, **sizes)
+        mel_bins=front.mel_bins, **args.config)
     if not args.init:
-        measured = PairBatches(64, args.seed, args.vae, replace(config, mel_mean=0.0, mel_std=1.0), front)(args.steps)[1]
+        plain = replace(config, mel_mean=0.0, mel_std=1.0)
+        measured = PairBatches(64, args.seed, args.vae, plain, front)(args.steps)[1]
         config = replace(config, mel_mean=round(float(measured.mean()), 3), mel_std=round(float(measured.std()), 3))
-    model = initial(CMMD, config, args).to(memory_format=torch.channels_last)
+    model = initial(CMMD, config, args)
     config = model.config
     state = State({"cmmd": model}, "cmmd")
 
@@ -335,7 +337,7 @@ def train_cmmd(args):
     mel = model.normalise(log_mel(torch.from_numpy(np.stack([clip.audio for clip in clips])), front)).to(args.device)
 
     def evaluate(ema):
-        """Onset F1 and pitch of sounds made for held-out clips; loss of each side at t = 0.95, the other clean or wrong."""
+        """Onset F1 and pitch of sounds for held-out clips; each side's loss at t = 0.95, the other clean or wrong."""
         made = generate(ema, latents, steps=8, seeds=range(len(latents)), window_batch=16)[1]
         figures = sound_scores(ema.denormalise(made).cpu().numpy(), clips, front)
         high, zero = torch.full((len(latents),), 0.95).to(mel), torch.zeros(len(latents)).to(mel)
@@ -370,9 +372,31 @@ def initial(cls, config, args):
 RECIPES = {  # what each training starts from; all ours but the vocoder's seconds (P)
     "vae": dict(steps=1600, batch=12, lr=1.2e-3, warmup=150, ema=0.995),
     "vocoder": dict(steps=1800, batch=3, lr=1e-3, warmup=100, ema=0.995),
-    "cmmd": dict(steps=3000, batch=16, lr=1e-3, warmup=100, ema=0.997),
+    "cmmd": dict(steps=2200, batch=16, lr=1e-3, warmup=60, ema=0.997),
 }
 TRAININGS = {"vae": train_vae, "vocoder": train_vocoder, "cmmd": train_cmmd}
+
+
+def sizes(text):
+    """The argument of --config -> a dict."""
+    content = json.loads(text)
+    if not isinstance(content, dict):
+        raise ValueError
+    return content
+
+
+def check(args):
+    """Refuse, before any work, what cannot run."""
+    for name in ("steps", "batch"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} is {getattr(args, name)}, it must be at least 1")
+    known = {"vae": VAEConfig, "vocoder": VocoderConfig, "cmmd": CMMDConfig}[args.task].__dataclass_fields__
+    if unknown := set(args.config) - set(known):
+        raise ValueError(f"--config knows no {', '.join(sorted(unknown))}; it may hold {', '.join(known)}")
+    try:
+        torch.zeros(1, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {args.device} cannot be used ({str(error).splitlines()[0]}); try cpu") from None
 
 
 def arguments(argv):
@@ -386,7 +410,7 @@ def arguments(argv):
         for key, value in recipe.items():
             task.add_argument(f"--{key}", type=type(value), default=value)
         task.add_argument("--seed", type=int, default=0)
-        task.add_argument("--config", help="sizes of the network as JSON")
+        task.add_argument("--config", type=sizes, default={}, help="sizes of the network, where not the default: JSON")
         task.add_argument("--init", help="weights to start from")
         task.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
         task.add_argument("--threads", type=int, help="CPU threads")
@@ -411,6 +435,7 @@ def main(argv=None):
     if args.threads:
         torch.set_num_threads(args.threads)
     try:
+        check(args)
         Path(args.out).mkdir(parents=True, exist_ok=True)
         save(Path(args.out) / f"{args.task}.safetensors", TRAININGS[args.task](args), torch.float16)
     except (ValueError, OSError) as error:
