@@ -474,22 +474,22 @@ class CMMD(nn.Module):
 # ---- Losses
 
 
-def draw_times(B, first_lesson=False):
+def draw_times(B, first_lesson=False, shares=(0.4, 0.2, 0.2, 0.2)):
     """Noise levels for a batch -> t_video, t_audio (B,). Ours; the paper has one t for both.
 
     The first lesson of a training: one side clean (the video in three of four samples), the other at t = 1 or, in half
-    of them, at t >= 0.7. Then the mixture: 40 % one t, 20 % two, 20 % clean video, 20 % clean audio, times drawn
+    of them, at t >= 0.7. Then the mixture, in these shares: one t, two, clean video, clean audio; times are drawn
     towards high noise as 1 - u^2; of the clean samples a quarter have the other side at t = 1."""
     if first_lesson:
         side = torch.rand(B) < 0.75
         t = (0.7 + 0.6 * torch.rand(B)).clamp(max=1.0)
         return torch.where(side, 0.0, t), torch.where(side, t, 0.0)
-    kind = torch.rand(B)
+    kind = torch.bucketize(torch.rand(B), torch.tensor(shares).cumsum(0)[:-1], right=True)
     t_video, t_audio = 1 - torch.rand(2, B).square()
     pure = torch.rand(B) < 0.25
     alone = torch.where(pure, 1.0, t_video)
-    t_audio = torch.where(kind < 0.4, t_video, t_audio)
-    clean_video, clean_audio = (kind >= 0.6) & (kind < 0.8), kind >= 0.8
+    t_audio = torch.where(kind == 0, t_video, t_audio)
+    clean_video, clean_audio = kind == 2, kind == 3
     t_audio = torch.where(clean_video, alone, torch.where(clean_audio, 0.0, t_audio))
     t_video = torch.where(clean_audio, alone, torch.where(clean_video, 0.0, t_video))
     return t_video, t_audio

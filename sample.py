@@ -26,8 +26,8 @@ import torch
 import torch.nn.functional as F
 
 from cmmd import CMMD, atomic, data, generate, load, mel_frames
-from cmmd.vae import VAE
-from cmmd.vocoder import Vocoder, VocoderConfig, log_mel
+from cmmd.vae import VAE, load as load_vae
+from cmmd.vocoder import Vocoder, VocoderConfig, load as load_vocoder, log_mel
 
 CONDITIONS = ("clean", "replace", "guide")
 TYPES = (*data.VIDEO_TYPES, *data.SOUND_TYPES, ".png")
@@ -122,7 +122,8 @@ def _check(video, audio, seconds, fps, sample_rate, steps, condition):
 def load_models(weights="worlds", device=None):
     """The networks of a folder with vae, vocoder and cmmd.safetensors, or of a name in weights/ -> Models on `device`.
 
-    ValueError, in one line, if files are missing or of another kind, or if their mels or latents do not fit."""
+    The first two may be published weights: see `load` in vae.py and vocoder.py. ValueError, in one line, if files are
+    missing or of another kind, or if their mels or latents do not fit."""
     folder = Path(weights) if Path(weights).is_dir() else WEIGHTS / weights
     if not folder.is_dir():
         known = sorted(p.name for p in WEIGHTS.iterdir() if p.is_dir()) if WEIGHTS.is_dir() else []
@@ -132,7 +133,8 @@ def load_models(weights="worlds", device=None):
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {device}: cannot be used ({str(error).splitlines()[0]}); try cpu") from None
-    networks = Models(*(load(folder / f"{cls.__name__.lower()}.safetensors", cls) for cls in (VAE, Vocoder, CMMD)))
+    networks = Models(load_vae(folder / "vae.safetensors"), load_vocoder(folder / "vocoder.safetensors"),
+                      load(folder / "cmmd.safetensors", CMMD))
     _check_fit(folder, *networks)
     return Models(*(module.to(device).eval().requires_grad_(False) for module in networks))
 

@@ -567,6 +567,194 @@ def test_vae_loss_is_lowest_for_the_truth(full_precision, monkeypatch):
     assert 0 <= vae_loss(vae, frames, kl_weight=0.0)[0] == 0 < loss
 
 
+PUBLISHED_VAE = VAEConfig(channels=(32, 32, 64), blocks=1)
+
+
+@cache
+def published_vae():
+    """Weights by name for AutoencoderKL of PUBLISHED_VAE's sizes, by diffusers' names of today."""
+    with torch.device("meta"):
+        shapes = {name: x.shape for name, x in VAE(PUBLISHED_VAE).state_dict().items()}
+    state = {}
+    for name, shape in shapes.items():
+        x = scattered(shape, name)
+        norm = "norm" in name and name.endswith("weight")
+        state[name] = x * (2 / math.prod(shape[1:])) ** 0.5 if len(shape) > 1 else 1 + 0.2 * x if norm else 0.1 * x
+    return state
+
+
+def compvis_names(levels, blocks):
+    """Beginnings of names, CompVis' -> diffusers', as their two architectures have them."""
+    names = {"quant_conv.": "quant_conv.", "post_quant_conv.": "post_quant_conv."}
+    for side, way, count in (("encoder", "down", blocks), ("decoder", "up", blocks + 1)):
+        for i in range(levels):
+            ours, theirs = f"{side}.{way}_blocks.{i}.", f"{side}.{way}.{i if way == 'down' else levels - 1 - i}."
+            names[f"{theirs}{way}sample."] = f"{ours}{way}samplers.0."
+            for j in range(count):
+                names[f"{theirs}block.{j}.nin_shortcut."] = f"{ours}resnets.{j}.conv_shortcut."
+                names |= {f"{theirs}block.{j}.{part}.": f"{ours}resnets.{j}.{part}."
+                          for part in ("norm1", "conv1", "norm2", "conv2")}
+        for i, j in ((1, 0), (2, 1)):
+            names[f"{side}.mid.block_{i}."] = f"{side}.mid_block.resnets.{j}."
+        for a, b in (("norm", "group_norm"), ("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("proj_out", "to_out.0")):
+            names[f"{side}.mid.attn_1.{a}."] = f"{side}.mid_block.attentions.0.{b}."
+        names |= {f"{side}.{a}.": f"{side}.{b}." for a, b in (
+            ("conv_in", "conv_in"), ("norm_out", "conv_norm_out"), ("conv_out", "conv_out"))}
+    return names
+
+
+def published_layout(layout):
+    """published_vae's weights under the names and shapes of a layout."""
+    state = dict(published_vae())
+    if layout == "diffusers, old":
+        for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+            state = {name.replace(new, old): x for name, x in state.items()}
+    elif layout.startswith("CompVis"):
+        state = {theirs + name.removeprefix(ours): x[..., None, None] if "attn" in theirs and x.ndim == 2 else x
+                 for theirs, ours in compvis_names(3, 1).items() for name, x in state.items() if name.startswith(ours)}
+        assert len(state) == len(published_vae())
+        state |= {"loss.logvar": torch.zeros(()), "model_ema.decay": torch.ones(())}
+        if layout == "CompVis, whole":
+            state = {"first_stage_model." + name: x for name, x in state.items()}
+            state |= {"model.diffusion_model.out.2.bias": torch.zeros(4), "betas": torch.zeros(9),
+                      "cond_stage_model.logit_scale": torch.ones(()), "model_ema.decay": torch.ones(())}
+    return state
+
+
+def write_weights(state, path):
+    if path.suffix == ".safetensors":
+        save_file(state, path)
+    else:
+        torch.save({"state_dict": state, "epoch": 1} if path.suffix == ".ckpt" else state, path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin", ".ckpt"])
+@pytest.mark.parametrize("layout", ["diffusers, new", "diffusers, old", "CompVis", "CompVis, whole"])
+def test_vae_load_equals_diffusers(tmp_path, layout, suffix):
+    """Numbers stored from diffusers 0.42.1, AutoencoderKL; CompVis' own Encoder and Decoder agree with it to 1e-5."""
+    vae = vae_module.load(write_weights(published_layout(layout), tmp_path / ("vae" + suffix)))
+    assert vae.config == PUBLISHED_VAE and not vae.training
+    with torch.no_grad():
+        mean, log_variance = vae.moments(scattered((1, 3, 16, 16), "frames"))
+        frames = vae.reconstruct(scattered((1, 4, 4, 4), "latents"))
+    close([*mean[0, :, 1, 2], mean.abs().mean()], [-0.313639, 0.05686, -0.046405, -0.116409, 0.33364])
+    close([*log_variance[0, :, 3, 0], log_variance.abs().mean()], [-0.328371, 0.224533, 0.166746, -0.5431, 0.39446])
+    close([*frames[0, :, 5, 9], *frames[0, :, 0, 15], frames.abs().mean()],
+          [-0.672292, 1.217876, -0.130598, -0.761634, 0.187908, 0.603316, 0.441953])
+
+
+@pytest.mark.parametrize("config", [
+    VAEConfig(channels=(8,), blocks=1, groups=8), VAEConfig(channels=(16, 48), blocks=3, latent_channels=3, groups=16),
+    VAEConfig(channels=(32, 64, 64, 96), blocks=2, latent_channels=16), replace(TINY_VAE, scale=0.5, shift=0.1)])
+def test_vae_load_reads_sizes_off_the_tensors(tmp_path, config):
+    state = random_vae(config).state_dict()
+    path, half = tmp_path / "vae.safetensors", tmp_path / "half.safetensors"
+    save_file(state, path)
+    save_file({name: x.half() for name, x in state.items()}, half)
+    vae = vae_module.load(path, scale=config.scale, shift=config.shift, groups=config.groups)
+    assert vae.config == config and all(torch.equal(x, state[name]) for name, x in vae.state_dict().items())
+    vae_of_half = vae_module.load(half)
+    assert vae_of_half.config == replace(config, scale=0.18215, shift=0.0, groups=math.gcd(32, *config.channels))
+    assert next(vae_of_half.parameters()).dtype == torch.float32
+    save(path, vae)
+    assert vae_module.load(path).config == config
+
+
+def test_vae_load_without_quant_convs_is_the_identity(tmp_path):
+    state = {name: x for name, x in published_vae().items() if "quant_conv" not in name}
+    vae = vae_module.load(write_weights(state, tmp_path / "vae.bin"), scale=0.3611, shift=0.1159)
+    x = scattered((1, 3, 16, 16), "frames")
+    with torch.no_grad():
+        assert torch.equal(torch.cat(vae.moments(x), 1), vae.encoder(x))
+        z = vae.moments(x)[0]
+        assert torch.equal(vae.reconstruct(z), vae.decoder(z))
+
+
+
+@pytest.mark.parametrize("layout, without, more, says", [
+    ("diffusers, new", "decoder.conv_out.bias", {}, "changed Auto.*missing: decoder.conv_out.bias; extra: none"),
+    ("diffusers, old", "encoder.mid_block.attentions.0.query.bias", {}, "missing: encoder.*query.bias; extra: none"),
+    ("CompVis", "decoder.up.2.block.0.conv1.bias", {}, "missing: decoder.up.2.block.0.conv1.bias; extra: none"),
+    ("CompVis, whole", "first_stage_model.quant_conv.bias", {}, "missing: first_stage_model.quant_conv.bias"),
+    ("CompVis", None, {f"more.{i}": (1,) for i in range(9)}, r"extra: more.0, .*\(9 in all\)"),
+    ("CompVis", None, {"encoder.down.1.attn.0.q.bias": (32,)}, "attention inside its levels"),
+    ("CompVis", None, {"quantize.embedding.weight": (9, 4)}, "a VQ autoencoder"),
+    ("diffusers, new", None, {"encoder.conv_in.bias": (7,)}, r"conv_in.bias is \(7,\).*imply \(32,\)"),
+    ("diffusers, new", None, {"encoder.mid_block.attentions.0.to_q.weight": (64, 64, 3, 3)}, r"is \(64, 64, 3, 3\)"),
+    ("diffusers, new", None, {"decoder.conv_in.weight": (64, 0, 3, 3)}, "latent_channels must be"),
+    (None, None, {"model.1.weight_g": (64, 1, 1)}, "a MelGAN vocoder"),
+    (None, None, {"time_embedding.linear_1.bias": (1,)}, "a diffusion U-Net"),
+    (None, None, {"linear.weight": (1,)}, r"another network; missing: encoder.* in all\); extra: linear.weight"),
+    (None, None, {}, "another network; missing: encoder.conv_in.weight"),
+])
+def test_vae_load_says_what_is_wrong(tmp_path, layout, without, more, says):
+    state = published_layout(layout) if layout else {"step": 3}
+    state |= {name: torch.zeros(shape) for name, shape in more.items()}
+    state.pop(without, None)
+    torch.save(state, tmp_path / "odd.pt")
+    with pytest.raises(ValueError, match="odd.pt: .*" + says) as error:
+        vae_module.load(tmp_path / "odd.pt")
+    one_line(error, tmp_path / "odd.pt")
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin", ".ckpt"])
+def test_vae_load_refuses_other_files(tmp_path, suffix):
+    path = tmp_path / ("vae" + suffix)
+    whole = write_weights(published_vae(), path).read_bytes()
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 334643276\n"
+    cases = ((b"", "empty"), (pointer, "LFS pointer"), (b"<html>", "damaged"), (whole[:5000], "damaged"))
+    for content, says in (*cases, (None, "No such file")):
+        path.write_bytes(content) if content is not None else path.unlink()
+        with pytest.raises(ValueError, match=says) as error:
+            vae_module.load(path)
+        one_line(error, path)
+
+
+def test_vae_load_refuses_code_folders_and_vocoders(tmp_path):
+    torch.save({"state_dict": published_vae(), "callback": Path("x")}, tmp_path / "code.ckpt")
+    save(tmp_path / "vocoder.safetensors", Vocoder(VocoderConfig(base=2, residual_blocks=1)))
+    save(tmp_path / "ours.safetensors", random_vae())
+    torch.save([1], tmp_path / "list.pt")
+    for name, says, given in (("code.ckpt", r"holds a pathlib.*as \.safetensors", {}), ("", "directory", {}),
+                              ("vocoder.safetensors", "holds Vocoder", {}), ("list.pt", "another network", {}),
+                              ("ours.safetensors", "carries its own settings, scale", {"scale": 1.0})):
+        with pytest.raises(ValueError, match=says) as error:
+            vae_module.load(tmp_path / name, **given)
+        one_line(error, tmp_path / name)
+
+
+def test_vae_convert(tmp_path, capsys):
+    source, out = str(tmp_path / "sd.ckpt"), tmp_path / "vae.safetensors"
+    write_weights(published_layout("CompVis, whole"), Path(source))
+    assert vae_module.main(["convert", source, str(out), "--scale", "0.5", "--shift", "0.25"]) == 0
+    assert "0.7 M parameters" in capsys.readouterr().out
+    vae = cmmd.load(out, VAE)
+    assert vae.config == replace(PUBLISHED_VAE, scale=0.5, shift=0.25)
+    assert all(torch.equal(x, published_vae()[name]) for name, x in vae.state_dict().items())
+    size = out.stat().st_size
+    assert vae_module.main(["convert", str(out), str(out), "--half"]) == 0 and out.stat().st_size < 0.55 * size
+    torch.testing.assert_close(vae_module.load(out).state_dict(), vae.state_dict(), rtol=1e-3, atol=1e-6)
+    capsys.readouterr()
+    for bad in ([str(tmp_path / "none.ckpt"), str(out)], [source, str(tmp_path / "vae.bin")],
+                [source, str(tmp_path / "no" / "vae.safetensors")], [source, str(out), "--scale", "0"]):
+        assert vae_module.main(["convert", *bad]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_vae_convert_command_and_sample_takes_published_weights(tmp_path, weights):
+    write_weights(random_vae().state_dict(), tmp_path / "sd.bin")
+    command = [sys.executable, str(Path(vae_module.__file__)), "convert", "sd.bin", "vae.safetensors"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "parameters, VAEConfig(channels=(8, 8, 8, 8)" in done.stdout, done.stderr
+    for name in ("vocoder", "cmmd"):
+        (tmp_path / f"{name}.safetensors").write_bytes((weights / f"{name}.safetensors").read_bytes())
+    for state in (None, random_vae().state_dict()):  # converted, as published
+        if state is not None:
+            save_file(state, tmp_path / "vae.safetensors")
+        assert load_models(tmp_path, "cpu").vae.config == replace(TINY_VAE, groups=8)
+
+
 # ==== vocoder
 
 

@@ -28,7 +28,7 @@ from cmmd.evaluate import TOLERANCES, event_counts, onsets, pitch_counts, pitch_
 from cmmd.vae import VAE, VAEConfig, quick_start, vae_loss
 from cmmd.vocoder import (
     Discriminator, DiscriminatorConfig, Vocoder, VocoderConfig, add_weight_norm, discriminator_loss, generator_loss,
-    log_mel, mel_loss,
+    log_mel, loud_stft_loss, mel_loss,
 )
 
 VALIDATION_SEED = 500_000  # worlds from here on choose settings; those from 0 on are the test set
@@ -240,12 +240,13 @@ class SoundBatches:
         return [torch.from_numpy(np.stack([bounce(s, self.seconds, size=0).audio for s in seeds]))]
 
 
-SMALL_VOCODER = VocoderConfig(base=16)
+SMALL_VOCODER = VocoderConfig(base=16, mel_mean=-3.9, mel_std=1.0)
 SMALL_DISCRIMINATOR = DiscriminatorConfig(max_channels=256)
 
 
 def train_vocoder(args):
-    """MelGAN with HiFi-GAN's losses (P): the mel loss alone up to step --adversarial-from, then all of them."""
+    """MelGAN with HiFi-GAN's losses (P). Before step --adversarial-from, in their place, a loss of the loud
+    parts (ours), which learns tones far sooner."""
     config = replace(SMALL_VOCODER, **args.config)
     torch.manual_seed(args.seed)
     networks = {
@@ -260,9 +261,9 @@ def train_vocoder(args):
         mel = log_mel(wave, config)
         output = vocoder(mel)
         if state.step < args.adversarial_from:
-            loss = mel_loss(output, wave, config)
-            state.descend("vocoder", 45 * loss)
-            return {"mel": loss.detach()}
+            loud, mel = loud_stft_loss(output, wave), mel_loss(output, wave, config)
+            state.descend("vocoder", loud + 0.01 * mel)
+            return {"mel": mel.detach(), "loud": loud.detach()}
         critic = discriminator_loss(discriminator(wave), discriminator(output.detach()))
         state.descend("discriminator", critic)
         loss = generator_loss(discriminator(wave), discriminator(output), wave, output, config)
@@ -328,7 +329,7 @@ def train_cmmd(args):
         return joint_loss(model, latents, mel, *(t.to(latents.device) for t in times), *noise)
 
     def update(state, batch):
-        loss = losses(model, *batch, draw_times(len(batch[0]), state.step < args.first_lesson))
+        loss = losses(model, *batch, draw_times(len(batch[0]), state.step < args.first_lesson, args.shares))
         state.descend("cmmd", loss.sum(dim=1).mean())
         return {"video": loss[:, 0].mean().detach(), "audio": loss[:, 1].mean().detach()}
 
@@ -426,6 +427,8 @@ def arguments(argv):
         if name == "cmmd":
             task.add_argument("--vae", required=True, help="weights of the autoencoder")
             task.add_argument("--first-lesson", type=int, default=400, help="steps with one side clean")
+            task.add_argument("--shares", type=float, nargs=4, default=(0.2, 0.1, 0.5, 0.2), metavar="P",
+                              help="then, shares of: one t, two, clean video, clean audio")
     return parser.parse_args(argv)
 
 

@@ -4,11 +4,18 @@ The paper (Sec. 3, "Feature Extraction") encodes every video frame by itself wit
 8 times smaller in height and width, 4 channels. The architecture is CompVis' / diffusers' `AutoencoderKL`; one
 dataclass of sizes makes it the published 84 M parameter network (the defaults) or the small one in `weights/`.
 
-In this order: VAEConfig, the blocks, Encoder and Decoder, VAE (encode, decode), the training loss.
+In this order: VAEConfig, the blocks, Encoder and Decoder, VAE (encode, decode), the training loss, `load` for our files
+and published ones, and `python vae.py convert IN OUT.safetensors`.
 Letters: B batch, T video frames, C latent channels, H W height and width of the latents, 8H 8W of the frames.
 """
 
+import argparse
+import math
+import re
+import sys
+import zipfile
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -306,3 +313,162 @@ def vae_loss(vae, frames, generator=None, kl_weight=1e-6):
     gradients = sum(e.diff(dim=d).abs().mean() for e in (error, F.avg_pool2d(error, 2)) for d in (2, 3))
     kl = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).sum(dim=(1, 2, 3)).mean()
     return (error**2).mean() * 2 + error.abs().mean() + 0.25 * gradients + kl_weight * kl, out
+
+
+# ---- Files
+
+WHOLE = "first_stage_model."  # what precedes the VAE's names in a whole Stable Diffusion checkpoint
+OLD_DIFFUSERS = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}  # our names -> theirs
+COMPVIS = {"mid_block.resnets.0": "mid.block_1", "mid_block.resnets.1": "mid.block_2", "resnets": "block",
+           "mid_block.attentions.0": "mid.attn_1", "group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v",
+           "to_out.0": "proj_out", "conv_shortcut": "nin_shortcut", "down_blocks": "down", "up_blocks": "up",
+           "downsamplers.0": "downsample", "upsamplers.0": "upsample", "conv_norm_out": "norm_out"}
+KNOWN_FILES = {  # a piece of a tensor's name -> what a file with it looks like
+    "quantize.": "a VQ autoencoder (the Gaussian one is needed)",
+    "time_embed": "a diffusion U-Net without its autoencoder",
+    "text_model.": "a text encoder",
+    ".attn.": "an autoencoder with attention inside its levels",
+    "model.1.": "a MelGAN vocoder (see vocoder.py)",
+    "coder.mid": "a changed AutoencoderKL",
+}
+
+
+def load(path, *, scale=None, shift=None, groups=None):
+    """A `VAE` in evaluation mode, float32, from one of our safetensors files or from a published Gaussian autoencoder.
+
+    The latter by diffusers' names (`AutoencoderKL`; old or new ones of attention) or CompVis' (alone or in a whole
+    Stable Diffusion checkpoint), as `.safetensors` or a pickle of nothing but tensors. Sizes are read off the tensors.
+    What those don't tell: `scale` (0.18215, that of Stable Diffusion 1 and 2) and `shift` (0) as in VAEConfig, `groups`
+    (32, or what the widths share with 32). A file without quant_convs (Stable Diffusion 3, Flux) gets identities.
+    Raises ValueError, in one line, for a file that is missing or holds anything else."""
+    tensors, ours = _read(path)
+    given = {k: x for k, x in (("scale", scale), ("shift", shift), ("groups", groups)) if x is not None}
+    if ours:
+        if given:
+            raise ValueError(f"{path}: carries its own settings, {', '.join(given)} cannot be given")
+        from cmmd import load as load_ours
+        return load_ours(path, VAE)
+    theirs = _naming(tensors)
+    try:
+        config = VAEConfig(**_sizes(tensors, theirs) | given)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if not any("quant_conv" in name for name in tensors):
+        for name, n in (("quant_conv", 2 * config.latent_channels), ("post_quant_conv", config.latent_channels)):
+            tensors |= {theirs(name + ".weight"): torch.eye(n)[..., None, None], theirs(name + ".bias"): torch.zeros(n)}
+    with torch.device("meta"):  # no random weights
+        vae = VAE(config)
+    names = {theirs(name, len(config.channels)): name for name in vae.state_dict()}
+    vae.to_empty(device="cpu").load_state_dict(_matched(path, tensors, names, vae.state_dict()))
+    return vae.eval()
+
+
+def _read(path):
+    """The tensors of a file by name, of a whole checkpoint only the VAE's, and whether the file is one of ours."""
+    from safetensors import safe_open
+    start = None
+    try:
+        with open(path, "rb") as file:
+            start = file.read(40)
+        if start[8:9] == b"{":
+            with safe_open(str(path), "pt") as file:
+                return {n: file.get_tensor(n) for n in _relevant(file.keys())}, "class" in (file.metadata() or {})
+        content = torch.load(str(path), map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # whatever a damaged or foreign file provokes
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        reason = (f"cannot be read ({getattr(error, 'strerror', error)})" if start is None
+                  else "empty (0 bytes)" if not start
+                  else "a Git LFS pointer, not the weights themselves" if start.startswith(b"version https://git-lfs")
+                  else f"holds a {code[1]}, which could run code; get it as .safetensors" if code
+                  else f"damaged, or of another kind ({type(error).__name__})")
+        raise ValueError(f"{path}: {reason}; expected .safetensors or a pickled state dict of tensors") from None
+    for key in ("state_dict", "model"):  # a training checkpoint around it
+        content = content[key] if isinstance(content, dict) and isinstance(content.get(key), dict) else content
+    content = content if isinstance(content, dict) else {}
+    tensors = {str(name): x for name, x in content.items() if isinstance(x, torch.Tensor)}
+    return {name: tensors[name] for name in _relevant(tensors)}, False
+
+
+def _relevant(names):
+    """Names without what only a training needs; of a whole checkpoint those of its VAE."""
+    names = [n for n in names if n.startswith(WHOLE)] or names
+    return [n for n in names if not n.removeprefix(WHOLE).startswith(("loss.", "model_ema."))]
+
+
+def _naming(tensors):
+    """A function: our name of a tensor -> its name in this file (a decoder's also takes the number of levels)."""
+    prefix = WHOLE if any(n.startswith(WHOLE) for n in tensors) else ""
+    compvis = any(re.search(r"coder\.(mid|down|up)\.", n) for n in tensors)
+    table = COMPVIS if compvis else OLD_DIFFUSERS if any(".query." in n for n in tensors) else {}
+
+    def theirs(name, levels=0):
+        if compvis:  # counts the decoder's levels the other way round
+            name = re.sub(r"up_blocks\.(\d+)", lambda found: f"up_blocks.{levels - 1 - int(found[1])}", name)
+        for our_piece, their_piece in table.items():
+            name = name.replace(our_piece, their_piece)
+        return prefix + name
+
+    return theirs
+
+
+def _sizes(tensors, theirs):
+    """The fields of VAEConfig that the tensors imply; none, for the published network's, if they don't tell."""
+    shape = lambda name: tuple(getattr(tensors.get(theirs(name)), "shape", ()))
+    conv1 = lambda level, block: shape(f"encoder.down_blocks.{level}.resnets.{block}.conv1.weight")
+    channels, blocks, latent = (), 0, shape("decoder.conv_in.weight")
+    while conv1(len(channels), 0):
+        channels += conv1(len(channels), 0)[:1]
+    while conv1(0, blocks):
+        blocks += 1
+    if not channels or len(latent) < 2:
+        return {}
+    return dict(channels=channels, blocks=blocks, latent_channels=latent[1], groups=math.gcd(32, *channels))
+
+
+def _matched(path, tensors, names, wanted):
+    """The tensors of a file by our names: `names` is theirs -> ours, `wanted` holds ours in their shapes."""
+    missing, extra = [n for n in names if n not in tensors], [n for n in tensors if n not in names]
+    if missing or extra:
+        looks = [text for piece, text in KNOWN_FILES.items() if any(piece in n for n in tensors)] or ["another network"]
+        raise ValueError(f"{path}: not a Gaussian autoencoder's state dict, it looks like {looks[0]}; "
+                         f"missing: {_first_few(missing)}; extra: {_first_few(extra)}")
+    state = {}
+    for theirs, name in names.items():
+        x, shape = tensors[theirs], tuple(wanted[name].shape)
+        state[name] = x = x[..., 0, 0] if x.shape == (*shape, 1, 1) else x  # attention by 1x1 convolutions
+        if x.shape != shape:
+            raise ValueError(f"{path}: {theirs} is {tuple(x.shape)}, the other tensors imply {shape}")
+    return state
+
+
+def _first_few(names, count=4):
+    return (", ".join(names[:count]) or "none") + (f", ... ({len(names)} in all)" if len(names) > count else "")
+
+
+def main(arguments=None):
+    """The command line: `python vae.py convert IN OUT.safetensors`. Exit status 2 and one line for bad input."""
+    parser = argparse.ArgumentParser(description="Autoencoder weights.")
+    convert = parser.add_subparsers(required=True, metavar="convert").add_parser(
+        "convert", help="Stable Diffusion's VAE by diffusers' or CompVis' names (or ours) -> our safetensors file")
+    convert.add_argument("source", metavar="IN", help="state dict or whole checkpoint: .safetensors .bin .pt .ckpt")
+    convert.add_argument("target", metavar="OUT.safetensors")
+    convert.add_argument("--half", action="store_true", help="write float16, half the size")
+    convert.add_argument("--scale", type=float, help="of IN's latents (0.18215)")
+    convert.add_argument("--shift", type=float, help="of IN's latents (0)")
+    options = vars(parser.parse_args(arguments))
+    source, target, half = (options.pop(name) for name in ("source", "target", "half"))
+    try:
+        if Path(target).suffix != ".safetensors":
+            raise ValueError(f"{target}: the output's name must end in .safetensors")
+        vae = load(source, **options)
+        from cmmd import save
+        save(target, vae, torch.float16 if half else None)
+    except ValueError as error:
+        print(f"vae.py: {error}", file=sys.stderr)
+        return 2
+    print(f"{target}: {sum(x.numel() for x in vae.parameters()) / 1e6:.1f} M parameters, {vae.config}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

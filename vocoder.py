@@ -45,6 +45,8 @@ class VocoderConfig:
     base: int = 32  # channels at full rate; twice as many at each lower rate
     ratios: tuple = (8, 8, 2, 2)
     residual_blocks: int = 3  # per rate, dilations 1, 3, 9, ...
+    mel_mean: float = 0.0  # the generator sees (mel - mel_mean) / mel_std; 0 and 1 for descript's weights
+    mel_std: float = 1.0
 
     def __post_init__(self):
         object.__setattr__(self, "ratios", tuple(self.ratios))  # JSON has lists only
@@ -195,7 +197,7 @@ class Vocoder(nn.Module):
         if mel.ndim != 3 or mel.shape[1] != self.config.mel_bins or mel.shape[2] < self.least_frames:
             raise ValueError(f"Vocoder: expected a mel (B, {self.config.mel_bins}, L), L at least {self.least_frames}, "
                              f"got {tuple(mel.shape)}")
-        x = self.first(mel)  # (B, C, L)
+        x = self.first((mel - self.config.mel_mean) / self.config.mel_std)  # (B, C, L)
         for up, blocks in zip(self.ups, self.blocks):
             x = blocks(up(_activate(x)))  # (B, C, S) -> (B, C/2, S*r)
         return torch.tanh(self.last(_activate(x, 3)).float())[:, 0]  # (B, 1, S) -> (B, S)
@@ -316,6 +318,19 @@ def generator_loss(real, fake, wave, output, config, feature_weight=2.0, mel_wei
     features = sum(F.l1_loss(b.float(), a.detach().float()) for r, f in zip(real, fake) for a, b in zip(r, f))
     mel = mel_loss(output, wave, config)
     return GeneratorLoss(adversarial + feature_weight * features + mel_weight * mel, adversarial, features, mel)
+
+
+def loud_stft_loss(output, wave):
+    """Mean absolute difference of log(1 + 20 |STFT|) of two waves (B, S), over windows of 16 to 128 ms at 16 kHz. Scalar.
+
+    For the first part of a training (ours): log-mel losses pull hardest where the sound is faintest, since the slope of a
+    logarithm is 1/x, and a fresh generator then learns the background before any tone."""
+    total = 0
+    for n_fft in (256, 512, 1024, 2048):
+        window = torch.hann_window(n_fft, device=wave.device)
+        a, b = (torch.stft(x.float(), n_fft, n_fft // 4, window=window, return_complex=True).abs() for x in (output, wave))
+        total = total + ((1 + 20 * a).log() - (1 + 20 * b).log()).abs().mean()
+    return total / 4
 
 
 def multi_resolution_stft(output, wave):
