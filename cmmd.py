@@ -157,6 +157,8 @@ class CMMDConfig:
     n_fft: int = 512
     hop: int = 256
     mel_bins: int = 80
+    f_min: float = 0.0
+    f_max: float = 8000.0
     mel_mean: float = -2.6
     mel_std: float = 1.3
     video_channels: tuple = (48, 64, 96)
@@ -396,6 +398,23 @@ class Pair(nn.Module):
         return (video, audio) if self.fusion is None else self.fusion(video, audio, step)
 
 
+class NoiseSkip(nn.Module):
+    """A path around the U-Net for sound, x (B, M, L) -> the same: x and a local mix of it, each by a gain that the time
+    sets. At low noise the velocity is nearly the noise itself, 80 white channels that do not fit through 96 bent ones."""
+
+    def __init__(self, bins, embedding):
+        super().__init__()
+        self.mix = nn.Conv1d(bins, bins, 3, padding=1, bias=False)
+        self.gains = zeroed(nn.Linear(embedding, 2 * bins))
+        with torch.no_grad():  # starts as a blur over three bins and three frames
+            near = (torch.arange(bins)[:, None] - torch.arange(bins)).abs() <= 1
+            self.mix.weight.copy_(near[:, :, None].expand(-1, -1, 3) / 9.0)
+
+    def forward(self, x, time):
+        straight, blurred = self.gains(time)[:, :, None].chunk(2, dim=1)  # (B, M, 1)
+        return straight * x + blurred * self.mix(x)
+
+
 class CMMD(nn.Module):
     """The joint model v_theta of Eq. 2 (Fig. 1): a video and an audio U-Net, level by level side by side.
 
@@ -429,6 +448,7 @@ class CMMD(nn.Module):
         last_audio = zeroed(nn.Conv1d(audio[0], config.mel_bins, 3, padding=1))
         self.video_out = nn.Sequential(nn.GroupNorm(config.groups, video[0]), nn.SiLU(), last_video)
         self.audio_out = nn.Sequential(nn.GroupNorm(config.groups, audio[0]), nn.SiLU(), last_audio)
+        self.audio_skip = NoiseSkip(config.mel_bins, E)
         self.to(memory_format=torch.channels_last)  # (B*T, H, W, C) in memory: time is reached without a copy
 
     def normalise(self, mel):
@@ -460,7 +480,8 @@ class CMMD(nn.Module):
             for pair in level:
                 skip_v, skip_a = skips.pop()
                 v, a = pair(torch.cat([v, skip_v], 1), torch.cat([a, skip_a], 1), time, step * 2**i)
-        return self.video_out(v).unflatten(0, (B, -1)).float(), self.audio_out(a)[..., :L].float()
+        sound = self.audio_out(a)[..., :L] + self.audio_skip(audio, time)
+        return self.video_out(v).unflatten(0, (B, -1)).float(), sound.float()
 
     def _check(self, video, audio):
         c, side = self.config, 2 ** (len(self.down) - 1)
@@ -479,7 +500,7 @@ def draw_times(B, first_lesson=False, shares=(0.4, 0.2, 0.2, 0.2)):
 
     The first lesson of a training: one side clean (the video in three of four samples), the other at t = 1 or, in half
     of them, at t >= 0.7. Then the mixture, in these shares: one t, two, clean video, clean audio; times are drawn
-    towards high noise as 1 - u^2; of the clean samples a quarter have the other side at t = 1."""
+    towards high noise as 1 - u^2; of the clean samples a quarter have the other side at t = 1, the rest anywhere."""
     if first_lesson:
         side = torch.rand(B) < 0.75
         t = (0.7 + 0.6 * torch.rand(B)).clamp(max=1.0)
@@ -487,7 +508,7 @@ def draw_times(B, first_lesson=False, shares=(0.4, 0.2, 0.2, 0.2)):
     kind = torch.bucketize(torch.rand(B), torch.tensor(shares).cumsum(0)[:-1], right=True)
     t_video, t_audio = 1 - torch.rand(2, B).square()
     pure = torch.rand(B) < 0.25
-    alone = torch.where(pure, 1.0, t_video)
+    alone = torch.where(pure, 1.0, torch.rand(B))
     t_audio = torch.where(kind == 0, t_video, t_audio)
     clean_video, clean_audio = kind == 2, kind == 3
     t_audio = torch.where(clean_video, alone, torch.where(clean_audio, 0.0, t_audio))
@@ -531,8 +552,8 @@ def generate(model, video=None, audio=None, frames=None, *, steps=10, condition=
     T, (H, W) = frames, [config.size // 8] * 2
     if given == 0:
         T, (H, W) = known.shape[1], known.shape[3:]
-    elif given == 1 and T is None:
-        T = max(1, math.floor(known.shape[2] * config.hop * config.fps / config.sample_rate + 1e-6))
+    elif given == 1 and T is None:  # as many as the mel reaches into
+        T = math.floor((known.shape[2] - 1) * config.hop * config.fps / config.sample_rate + 1e-6) + 1
     if not T or T < 1 or not len(seeds) or (known is not None and len(seeds) != len(known)):
         raise ValueError(f"generate needs at least one frame and one seed a sample; got {T} frames, {len(seeds)} seeds")
     windows = Windows(T, config, stride, window_batch)

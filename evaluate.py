@@ -19,7 +19,6 @@ import csv
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -32,6 +31,7 @@ import torch
 
 from cmmd import atomic, generate
 from cmmd.data import KIND_PITCH, TRAINING_SEED, bounce, read_video, write_clip
+from cmmd.vae import to_frames
 from cmmd.vocoder import griffin_lim, log_mel, multi_resolution_stft
 
 # The onset detector. Tuned once on true training sounds of `bounce`, then frozen.
@@ -228,9 +228,12 @@ def batches(items, size):
     return (items[i:i + size] for i in range(0, len(items), size))
 
 
-def frames_to_input(videos):
-    """uint8 (B, T, H, W, 3) -> float (B, T, 3, H, W) in [-1, 1]."""
-    return torch.from_numpy(np.stack(videos)).permute(0, 1, 4, 2, 3).float() / 127.5 - 1
+def sound_scores(mels, clips, config):
+    """Of log10 mels (N, M, L) made for N world clips: onset F1 at 50 and 100 ms, share of matched onsets in pitch."""
+    hop = config.hop / config.sample_rate
+    found, true = [onsets(mel, hop) for mel in mels], [clip.times for clip in clips]
+    figures = {f"f1_{round(tol * 1000)}": float(scores(event_counts(found, true, tol).sum(0)).f1) for tol in TOLERANCES}
+    return figures | {"pitch": float(share(pitch_counts(mels, found, clips, hop, pitch_templates(config)).sum(0)))}
 
 
 class Worlds:
@@ -251,7 +254,7 @@ class Worlds:
         """Video files -> latents (N, T, C, H, W) on the CPU, and PSNR per frame of the VAE and of the baseline."""
         latents, own, bicubic = [], [], []
         for clips in batches(self.clips, self.batch):
-            frames = frames_to_input([through_video_file(clip, self.folder) for clip in clips])
+            frames = to_frames(np.stack([through_video_file(clip, self.folder) for clip in clips]))
             latents.append(self.models.vae.encode(frames.to(self.device)).cpu())
             back = self.models.vae.decode(latents[-1].to(self.device)).cpu().clamp(-1, 1)
             true = (frames.flatten(0, 1) + 1) / 2  # (B, T, 3, H, W) -> (B*T, 3, H, W) in [0, 1]
@@ -428,6 +431,7 @@ def peak_memory():
     status = Path("/proc/self/status")
     if status.exists():
         return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) / 1024
+    import resource  # not on Windows
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 1024)
 
 

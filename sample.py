@@ -26,12 +26,13 @@ import torch
 import torch.nn.functional as F
 
 from cmmd import CMMD, atomic, data, generate, load, mel_frames
-from cmmd.vae import VAE, load as load_vae
+from cmmd.vae import VAE, load as load_vae, to_frames, to_uint8
 from cmmd.vocoder import Vocoder, VocoderConfig, load as load_vocoder, log_mel
 
 CONDITIONS = ("clean", "replace", "guide")
 TYPES = (*data.VIDEO_TYPES, *data.SOUND_TYPES, ".png")
 WEIGHTS = Path(__file__).resolve().parent / "weights"
+LONGEST = 7_200  # seconds that may be asked for
 CHUNK = 64  # frames that are read, encoded or decoded at once
 DEMO_SEED, DEMO_SECONDS = 7, 3.6
 
@@ -107,8 +108,8 @@ def _check(video, audio, seconds, fps, sample_rate, steps, condition):
         raise ValueError(f"steps is {steps!r}, expected a whole number of at least 1; 10 is a good choice")
     if condition not in CONDITIONS:
         raise ValueError(f"condition is {condition!r}, expected one of {', '.join(CONDITIONS)}")
-    if seconds is not None and not 0 < seconds < math.inf:
-        raise ValueError(f"seconds is {seconds!r}, expected a length above 0")
+    if seconds is not None and not 0 < seconds <= LONGEST:
+        raise ValueError(f"seconds is {seconds!r}, expected a length above 0 and up to {LONGEST}")
     hints = {"video": "has no picture, only sound; pass it as audio= (--audio) to make its picture",
              "audio": "has no sound; give a file with a sound track"}
     for name, given, rate, unit in (("video", video, fps, "fps"), ("audio", audio, sample_rate, "sample_rate")):
@@ -124,14 +125,14 @@ def load_models(weights="worlds", device=None):
 
     The first two may be published weights: see `load` in vae.py and vocoder.py. ValueError, in one line, if files are
     missing or of another kind, or if their mels or latents do not fit."""
-    folder = Path(weights) if Path(weights).is_dir() else WEIGHTS / weights
-    if not folder.is_dir():
+    folder = WEIGHTS / weights if (WEIGHTS / weights).is_dir() else Path(weights)
+    if not str(weights) or not folder.is_dir():
         known = sorted(p.name for p in WEIGHTS.iterdir() if p.is_dir()) if WEIGHTS.is_dir() else []
         raise ValueError(f"{weights}: no such folder of weights; give one, or a name of {', '.join(known) or '(none)'}")
     try:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"device {device}: cannot be used ({str(error).splitlines()[0]}); try cpu") from None
     networks = Models(load_vae(folder / "vae.safetensors"), load_vocoder(folder / "vocoder.safetensors"),
                       load(folder / "cmmd.safetensors", CMMD))
@@ -141,13 +142,13 @@ def load_models(weights="worlds", device=None):
 
 def _check_fit(folder, vae, vocoder, model):
     """Refuse networks that were not made for each other."""
-    for name in ("sample_rate", "n_fft", "hop", "mel_bins"):
+    for name in ("sample_rate", "n_fft", "hop", "mel_bins", "f_min", "f_max"):
         theirs, ours = getattr(vocoder.config, name), getattr(model.config, name)
         if theirs != ours:
             raise ValueError(f"{folder / 'vocoder.safetensors'}: its {name} is {theirs}, the model's is {ours}; "
                              "take the vocoder that the model was trained with")
     ours, theirs = model.config, vae.config
-    if theirs.latent_channels != ours.latent_channels or ours.size % theirs.factor:
+    if theirs.latent_channels != ours.latent_channels or theirs.factor != 8 or ours.size % 8:
         raise ValueError(f"{folder / 'vae.safetensors'}: {theirs.latent_channels} channels, 1/{theirs.factor} size; "
                          f"the model wants {ours.latent_channels} for frames of {ours.size} px")
 
@@ -163,14 +164,14 @@ def _video_input(video, fps, seconds, models, tell):
         whole = min(chunks.seconds or 0.0, seconds or math.inf)
     else:
         chunks, whole = _array_chunks(video, fps, seconds, config)
-    frames, latents = [], []
+    frames, latents, done = bytearray(), [], 0  # one growing buffer: frames are never held twice
     for part in chunks:
-        x = torch.from_numpy(part.copy()).to(device).permute(0, 3, 1, 2)[None] / 127.5 - 1  # (1, n, 3, size, size)
-        frames.append(part)
-        latents.append(models.vae.encode(x).cpu())
-        done = sum(map(len, frames))
+        latents.append(models.vae.encode(to_frames(part.copy())[None].to(device)).cpu())  # (1, n, C, H, W)
+        frames += part.tobytes()
+        done += len(part)
         tell("reading", done, max(done, round(whole * config.fps)))
-    return np.concatenate(frames), torch.cat(latents, 1).to(device), getattr(chunks, "seconds", whole)
+    frames = np.frombuffer(frames, np.uint8).reshape(done, config.size, config.size, 3)
+    return frames, torch.cat(latents, 1).to(device), getattr(chunks, "seconds", whole)
 
 
 def _array_chunks(video, fps, seconds, config):
@@ -178,7 +179,8 @@ def _array_chunks(video, fps, seconds, config):
 
     The frame on screen and the centre square, as `data.Video` takes them."""
     video = np.asarray(video)
-    if video.ndim != 4 or video.shape[3] != 3 or not video.size or video.dtype.kind not in "uf":
+    known = video.dtype == np.uint8 or video.dtype.kind == "f"
+    if video.ndim != 4 or video.shape[3] != 3 or not video.size or not known:
         raise ValueError(f"video: expected (T, H, W, 3), uint8 or float in [0, 1], got {video.dtype} {video.shape}")
     if video.dtype.kind == "f" and not (video.min() >= 0 and video.max() <= 1):
         raise ValueError(f"video: float frames must lie in [0, 1], got {video.min():.3g} to {video.max():.3g}")
@@ -234,8 +236,7 @@ def _decode_frames(vae, latents, tell):
     """Latents (1, T, C, H, W) -> frames uint8 (T, size, size, 3), a chunk at a time."""
     frames = []
     for k in range(0, latents.shape[1], CHUNK):
-        x = vae.decode(latents[:, k : k + CHUNK])[0].clamp(-1, 1)  # (n, 3, size, size)
-        frames.append(((x + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy())
+        frames.append(to_uint8(vae.decode(latents[:, k : k + CHUNK])[0]))  # (n, size, size, 3)
         tell("drawing", min(k + CHUNK, latents.shape[1]), latents.shape[1])
     return np.concatenate(frames)
 

@@ -311,7 +311,8 @@ def test_cmmd_draw_times_of_the_first_lesson():
     torch.manual_seed(0)
     t_video, t_audio = draw_times(4000, first_lesson=True)
     clean_video = t_video == 0
-    assert ((t_video == 0) ^ (t_audio == 0)).all() and clean_video.float().mean().item() == pytest.approx(0.75, abs=0.04)
+    assert ((t_video == 0) ^ (t_audio == 0)).all()
+    assert clean_video.float().mean().item() == pytest.approx(0.75, abs=0.04)
     noisy = torch.where(clean_video, t_audio, t_video)
     assert noisy.min() >= 0.7 and (noisy == 1).float().mean().item() == pytest.approx(0.5, abs=0.04)
 
@@ -554,7 +555,7 @@ def test_vae_quick_start_averages_and_blurs(config):
     latents, small = vae.encode(frames)[0, :, :3], torch.nn.functional.avg_pool2d(frames[0], 8)
     a, b = (x - x.mean((2, 3), keepdim=True) for x in (latents, small))  # the norms hide each frame's mean
     assert ((a * b).sum((2, 3)) / (a.norm(dim=(2, 3)) * b.norm(dim=(2, 3)))).min() > 0.95
-    assert train.psnr(vae.decode(vae.encode(frames))[0], frames[0]) > 12
+    assert train.psnr(vae.decode(vae.encode(frames))[0] / 2, frames[0] / 2).mean() > 12
 
 
 def test_vae_loss_is_lowest_for_the_truth(full_precision, monkeypatch):
@@ -1686,10 +1687,10 @@ TRAININGS = {
 }
 
 
-@pytest.mark.parametrize("task", ["vae", "vocoder", pytest.param("cmmd", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("task", ["vae", "vocoder", "cmmd"])
 def test_train_resumed_equals_never_stopped(tmp_path, monkeypatch, weights, task):
-    drawn = cache(bounce)  # trainings draw many clips: here 32 will do
-    monkeypatch.setattr(train, "bounce", lambda seed, *rest, **settings: drawn(seed % 32, *rest, **settings))
+    drawn = cache(bounce)  # trainings draw many clips: here 8 will do
+    monkeypatch.setattr(train, "bounce", lambda seed, *rest, **settings: drawn(seed % 8, *rest, **settings))
     words = [task, "--steps", "6", "--batch", "2", "--workers", "0", "--save-every", "3", *TRAININGS[task]]
     if task == "cmmd":
         words += ["--vae", str(weights / "vae.safetensors")]
@@ -1706,8 +1707,19 @@ def test_train_resumed_equals_never_stopped(tmp_path, monkeypatch, weights, task
     assert log[0].startswith("step,seconds,") and log[-1].startswith("6,")
 
 
+def test_train_refuses_to_resume_with_other_settings(tmp_path, monkeypatch, capsys):
+    drawn = cache(bounce)
+    monkeypatch.setattr(train, "bounce", lambda seed, *rest, **settings: drawn(seed % 8, *rest, **settings))
+    words = ["vae", "--out", str(tmp_path), "--steps", "1", "--workers", "0", *TRAININGS["vae"]]
+    assert not train.main([*words, "--batch", "2"])
+    assert train.main([*words, "--batch", "3"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "batch 2, not 3" in error
+
+
 @pytest.mark.parametrize("words, says", [
-    (["vae", "--config", '{"channels": [9]}'], "groups"),
+    (["vae", "--config", '{"channels": [9]}'], "groups"), (["vae", "--config", '{"channels": 5}'], "channels"),
+    (["vae", "--log-every", "0"], "--log-every"), (["vae", "--init", "x", "--config", '{"blocks": 1}'], "--init"),
     (["vae", "--init", "none.safetensors"], "no such file"), (["cmmd", "--vae", "none.safetensors"], "no such file"),
     (["vae", "--out", "file"], "file"), (["vae", "--config", '{"bands": 3}'], "bands"),
     (["vae", "--steps", "0"], "steps"),
@@ -2000,7 +2012,7 @@ def test_weights_keep_held_out_frames_and_sounds(trained):
     clips = [bounce(700_000 + i, seconds=1.792) for i in range(8)]
     frames = train.to_frames(np.stack([clip.video for clip in clips]))
     back = trained.vae.decode(trained.vae.encode(frames))
-    assert train.psnr(back.flatten(0, 1), frames.flatten(0, 1)) > 30
+    assert train.psnr(back.flatten(0, 1) / 2, frames.flatten(0, 1) / 2).mean() > 30
     latents = trained.vae.encode(frames)
     assert abs(latents.mean()) < 0.3 and 0.7 < latents.std() < 1.3
     waves = torch.from_numpy(np.stack([clip.audio for clip in clips]))

@@ -1,10 +1,10 @@
 """Three trainings, one skeleton: `python train.py vae|vocoder|cmmd --out FOLDER`.
 
-Without --data they train on the `bounce` world, every clip drawn fresh. In this order: the skeleton (State: weights,
-EMA and optimisers with exact resume; run: the loop), then one plain training for each network, then the command line.
+They train on the `bounce` world, every clip drawn fresh. In this order: the skeleton (State: weights, EMA and
+optimisers with exact resume; run: the loop), then one plain training for each network, then the command line.
 
-What step n sees (clips, times, noise) is a function of the seed and n alone, so a run that was stopped and resumed ends
-with the same weights, bit for bit on the CPU, as one that was never stopped.
+What step n sees (clips, times, noise) is a function of n and of the settings alone, so a run that was stopped and
+resumed with the same settings ends with the same weights, bit for bit on the CPU, as one that was never stopped.
 """
 
 import argparse
@@ -19,34 +19,41 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from cmmd import CMMD, CMMDConfig, atomic, draw_times, fast_autocast, generate, joint_loss, load, save
+from cmmd import CMMD, CMMDConfig, atomic, draw_times, fast_autocast, generate, joint_loss, load, save, vae, vocoder
 from cmmd.data import TRAINING_SEED, bounce
-from cmmd.evaluate import TOLERANCES, event_counts, onsets, pitch_counts, pitch_templates, scores, share
-from cmmd.vae import VAE, VAEConfig, quick_start, vae_loss
+from cmmd.evaluate import psnr, sound_scores
+from cmmd.vae import VAE, VAEConfig, quick_start, to_frames, vae_loss
 from cmmd.vocoder import (
     Discriminator, DiscriminatorConfig, Vocoder, VocoderConfig, add_weight_norm, discriminator_loss, generator_loss,
     log_mel, loud_stft_loss, mel_loss,
 )
 
 VALIDATION_SEED = 500_000  # worlds from here on choose settings; those from 0 on are the test set
+SMALL_VAE = VAEConfig(channels=(16, 32, 64, 96), blocks=1, groups=4, latent_channels=8)
+SMALL_VOCODER = VocoderConfig(base=16, mel_mean=-3.9, mel_std=1.0)
+SMALL_DISCRIMINATOR = DiscriminatorConfig(max_channels=256)
+FREE = ("out", "device", "threads", "workers", "log_every", "eval_every", "save_every")  # may differ on resume
 
 
 # ---- The skeleton
 
 
 class State:
-    """All that a run must keep: networks, one AdamW each, the EMA of the main one, and the step."""
+    """All that a run must keep: networks, one AdamW each, the EMA of the main one, the step and the settings."""
 
-    def __init__(self, networks, main, betas=(0.9, 0.999), weight_decay=0.01):
+    def __init__(self, networks, main, args, betas=(0.9, 0.999), weight_decay=0.01):
         self.networks, self.main, self.step = networks, main, 0
         self.ema = copy.deepcopy(networks[main]).eval().requires_grad_(False)
         self.optimizers = {
             name: torch.optim.AdamW(net.parameters(), lr=0.0, betas=betas, weight_decay=weight_decay)
             for name, net in networks.items()
         }
+        sizes = {f"config {key}": value for key, value in asdict(networks[main].config).items()}
+        shared = {key: value for key, value in vars(args).items() if key not in (*FREE, "config")}
+        self.settings = json.loads(json.dumps(shared | sizes))  # as it comes back from a file
 
     def descend(self, name, loss, clip=1.0):
         """One optimiser step of network `name` down the gradient of loss, its norm clipped."""
@@ -74,13 +81,23 @@ class State:
         return {k: w.detach().cpu().contiguous() for k, w in out.items()}
 
     def save(self, path):
+        """Write everything to one safetensors file, whole or not at all."""
+        header = {"step": str(self.step), "settings": json.dumps(self.settings)}
         with atomic(path) as temporary:
-            save_file(self.tensors(), temporary, metadata={"step": str(self.step)})
+            save_file(self.tensors(), temporary, metadata=header)
 
     def load(self, path):
-        with safe_open(str(path), framework="pt") as file:
-            tensors = {k: file.get_tensor(k) for k in file.keys()}
-            self.step = int(file.metadata()["step"])
+        """Go on from a file of `save`. ValueError if it is torn or was made with other settings."""
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                tensors, header = {k: file.get_tensor(k) for k in file.keys()}, file.metadata()
+        except SafetensorError as error:
+            raise ValueError(f"{path}: not a whole checkpoint ({error}); remove it to start anew") from None
+        for key, then in json.loads(header["settings"]).items():
+            if self.settings.get(key) != then:
+                raise ValueError(f"{path}: was started with {key} {then}, not {self.settings.get(key)}; "
+                                 "give the same settings to go on, or another --out")
+        self.step = int(header["step"])
         strip = lambda prefix: {k[len(prefix):]: w for k, w in tensors.items() if k.startswith(prefix)}
         self.ema.load_state_dict(strip("ema/"))
         for name, net in self.networks.items():
@@ -93,19 +110,6 @@ class State:
             self.optimizers[name].load_state_dict({"state": moments, "param_groups": groups})
 
 
-class Stream(torch.utils.data.Dataset):
-    """Item n is the batch of step n, so that a worker process can prepare batches ahead and in order."""
-
-    def __init__(self, batches, steps):
-        self.batches, self.steps = batches, steps
-
-    def __len__(self):
-        return self.steps
-
-    def __getitem__(self, step):
-        return self.batches(step)
-
-
 def learning_rate(step, args):
     """Linear warm-up, then a cosine down to 2 % of args.lr at the last step."""
     if step < args.warmup:
@@ -114,17 +118,21 @@ def learning_rate(step, args):
 
 
 def run(state, batches, update, evaluate, args):
-    """The loop: batches(step) -> update(state, batch) -> {name: loss}; evaluate(ema) -> {name: figure} now and then."""
+    """The loop -> the EMA. batches[n] are the tensors of step n; update(state, batch) -> {name: loss}; evaluate(ema) ->
+    {name: figure} now and then."""
     out = Path(args.out)
-    checkpoint = out / f"{args.task}-checkpoint.safetensors"
+    names = ("checkpoint.safetensors", "log.csv", "eval.csv")
+    checkpoint, log, figures = (out / f"{args.task}-{name}" for name in names)
     if checkpoint.exists():
         state.load(checkpoint)
         print(f"resuming {checkpoint} at step {state.step}", flush=True)
+    for path in (log, figures):
+        forget(path, state.step)
     loader = torch.utils.data.DataLoader(
-        Stream(batches, args.steps), batch_size=None, sampler=range(state.step, args.steps), num_workers=args.workers,
+        batches, batch_size=None, sampler=range(state.step, args.steps), num_workers=args.workers,
         multiprocessing_context="spawn" if args.workers else None, prefetch_factor=4 if args.workers else None,
     )
-    log, sums, began = out / f"{args.task}-log.csv", {}, time.time()
+    sums, began = {}, time.time()
     for batch in loader:
         for optimizer in state.optimizers.values():
             optimizer.param_groups[0]["lr"] = learning_rate(state.step, args)
@@ -136,26 +144,34 @@ def run(state, batches, update, evaluate, args):
             sums.setdefault(name, []).append(float(value))
         last = state.step == args.steps
         if state.step % args.log_every == 0 or last:
-            row = {"step": state.step, "seconds": round(time.time() - began, 1)}
-            row |= {name: sum(values) / len(values) for name, values in sums.items()}
+            means = {name: sum(values) / len(values) for name, values in sums.items()}
+            report(log, {"step": state.step, "seconds": round(time.time() - began, 1)} | means)
             sums = {}
-            report(log, row)
         if state.step % args.save_every == 0 or last:
             state.save(checkpoint)
-        if evaluate and (state.step % args.eval_every == 0 or last):
-            report(log.with_name(f"{args.task}-eval.csv"), {"step": state.step} | evaluate(state.ema))
+        if state.step % args.eval_every == 0 or last:
+            report(figures, {"step": state.step} | evaluate(state.ema))
     return state.ema
 
 
 def report(path, row):
     """One plain line on the terminal and one row of a CSV file."""
-    print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
+    shown = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items() if v == v}
+    print("  ".join(f"{k} {v}" for k, v in shown.items()), flush=True)
     new = not path.exists()
     with open(path, "a", newline="") as file:
         writer = csv.DictWriter(file, list(row))
         if new:
             writer.writeheader()
         writer.writerow(row)
+
+
+def forget(path, step):
+    """Drop from a log what was written after `step`, where a resumed run starts."""
+    if path.exists():
+        head, *rows = path.read_text().splitlines(keepends=True)
+        with atomic(path) as temporary:
+            temporary.write_text("".join([head] + [row for row in rows if int(row.split(",")[0]) <= step]))
 
 
 def clip_seed(args_seed, step, item, per_step):
@@ -168,60 +184,46 @@ def clip_seed(args_seed, step, item, per_step):
 
 @dataclass
 class FrameBatches:
-    """Single frames of many worlds: step -> [frames (batch, 3, size, size) in [-1, 1]], three from each clip."""
+    """Single frames of many worlds: [step] -> [frames (batch, 3, size, size) in [-1, 1]], three from each clip."""
 
     batch: int
     seed: int
     size: int = 64
 
-    def __call__(self, step):
+    def __getitem__(self, step):
         clips = -(-self.batch // 3)
         videos = [bounce(clip_seed(self.seed, step, i, clips), fps=5 / 3, size=self.size).video for i in range(clips)]
         return [to_frames(np.concatenate(videos)[: self.batch])]
 
 
-def to_frames(video):
-    """uint8 (..., H, W, 3) -> float32 (..., 3, H, W) in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(video)).movedim(-1, -3).contiguous().float() / 127.5 - 1
-
-
-def psnr(a, b):
-    """Mean over frames of the peak signal-to-noise ratio in dB; a, b (N, 3, H, W) in [-1, 1]."""
-    return float((-10 * torch.log10(((a - b) / 2).square().mean(dim=(1, 2, 3)).clamp(min=1e-10))).mean())
-
-
 def train_vae(args):
     """The autoencoder on single frames. A new one's scale and shift are measured at the end, on fresh clips."""
-    config = replace(SMALL_VAE, **args.config)
-    vae = initial(VAE, config, args)
+    network = initial(VAE, vae.load, SMALL_VAE, args)
     if not args.init:
-        quick_start(vae, FrameBatches(240, args.seed)(args.steps)[0])
-    for part in (vae.encoder, vae.quant_conv) if args.freeze_encoder else ():
+        quick_start(network, FrameBatches(240, args.seed)[10**6][0])
+    for part in (network.encoder, network.quant_conv) if args.freeze_encoder else ():
         part.requires_grad_(False)
-    state = State({"vae": vae}, "vae")
+    state = State({"vae": network}, "vae", args)
 
     def update(state, batch):
         with fast_autocast(args.device):
-            loss, out = vae_loss(state.networks["vae"], batch[0])
+            loss, out = vae_loss(network, batch[0])
         state.descend("vae", loss, clip=math.inf)
-        return {"loss": loss.detach(), "psnr": psnr(out.detach(), batch[0])}
+        return {"loss": loss.detach(), "psnr": psnr(out.detach() / 2, batch[0] / 2).mean()}
 
     held_out = to_frames(np.concatenate([bounce(VALIDATION_SEED + i, fps=5 / 3).video for i in range(80)]))[None]
 
-    def evaluate(vae):
-        return {"held_out_psnr": psnr(vae.decode(vae.encode(held_out))[0], held_out[0])}
+    def evaluate(ema):
+        x = held_out.to(args.device)
+        return {"held_out_psnr": float(psnr(ema.decode(ema.encode(x)) / 2, x / 2).mean())}
 
-    vae = run(state, FrameBatches(args.batch, args.seed), update, evaluate, args)
-    if args.init:
-        return vae
-    vae.config = replace(vae.config, scale=1.0, shift=0.0)
-    latents = vae.encode(FrameBatches(480, args.seed)(args.steps)[0][None])
-    deviation, mean = torch.std_mean(latents, dim=(0, 1, 3, 4))
-    vae.config = replace(vae.config, scale=tuple((1 / deviation).tolist()), shift=tuple(mean.tolist()))
-    return vae
-
-
-SMALL_VAE = VAEConfig(channels=(16, 32, 64, 96), blocks=1, groups=4, latent_channels=8)
+    ema = run(state, FrameBatches(args.batch, args.seed), update, evaluate, args)
+    if not args.init:
+        ema.config = replace(ema.config, scale=1.0, shift=0.0)
+        latents = ema.encode(FrameBatches(480, args.seed)[10**6][0][None].to(args.device))
+        deviation, mean = torch.std_mean(latents, dim=(0, 1, 3, 4))
+        ema.config = replace(ema.config, scale=tuple((1 / deviation).tolist()), shift=tuple(mean.tolist()))
+    return ema
 
 
 # ---- Vocoder
@@ -229,49 +231,43 @@ SMALL_VAE = VAEConfig(channels=(16, 32, 64, 96), blocks=1, groups=4, latent_chan
 
 @dataclass
 class SoundBatches:
-    """Sounds of the world: step -> [waves (batch, S)], `seconds` long (P: 4 s)."""
+    """Sounds of the world: [step] -> [waves (batch, S)], `seconds` long (P: 4 s)."""
 
     batch: int
     seed: int
     seconds: float
 
-    def __call__(self, step):
+    def __getitem__(self, step):
         seeds = [clip_seed(self.seed, step, i, self.batch) for i in range(self.batch)]
         return [torch.from_numpy(np.stack([bounce(s, self.seconds, size=0).audio for s in seeds]))]
 
 
-SMALL_VOCODER = VocoderConfig(base=16, mel_mean=-3.9, mel_std=1.0)
-SMALL_DISCRIMINATOR = DiscriminatorConfig(max_channels=256)
-
-
 def train_vocoder(args):
-    """MelGAN with HiFi-GAN's losses (P). Before step --adversarial-from, in their place, a loss of the loud
-    parts (ours), which learns tones far sooner."""
-    config = replace(SMALL_VOCODER, **args.config)
-    torch.manual_seed(args.seed)
-    networks = {
-        "vocoder": add_weight_norm(initial(Vocoder, config, args)),
-        "discriminator": Discriminator(SMALL_DISCRIMINATOR).to(args.device),
-    }
-    state = State(networks, "vocoder", betas=(0.8, 0.99))
-    vocoder, discriminator = networks["vocoder"], networks["discriminator"]
+    """MelGAN with HiFi-GAN's losses (P). Before step --adversarial-from, in their place, a loss of the loud parts
+    (ours), which learns tones far sooner."""
+    generator = add_weight_norm(initial(Vocoder, vocoder.load, SMALL_VOCODER, args))
+    discriminator, config = Discriminator(SMALL_DISCRIMINATOR).to(args.device), generator.config
+    state = State({"vocoder": generator, "discriminator": discriminator}, "vocoder", args, betas=(0.8, 0.99))
 
     def update(state, batch):
         wave = batch[0][:, : batch[0].shape[1] // config.hop * config.hop]
-        mel = log_mel(wave, config)
-        output = vocoder(mel)
+        output = generator(log_mel(wave, config))
+        losses = dict.fromkeys(("mel", "loud", "adversarial", "features", "critic"), math.nan)
         if state.step < args.adversarial_from:
             loud, mel = loud_stft_loss(output, wave), mel_loss(output, wave, config)
             state.descend("vocoder", loud + 0.01 * mel)
-            return {"mel": mel.detach(), "loud": loud.detach()}
+            return losses | {"mel": mel.detach(), "loud": loud.detach()}
         critic = discriminator_loss(discriminator(wave), discriminator(output.detach()))
         state.descend("discriminator", critic)
-        loss = generator_loss(discriminator(wave), discriminator(output), wave, output, config)
+        with torch.no_grad():
+            real = discriminator(wave)
+        loss = generator_loss(real, discriminator(output), wave, output, config)
         state.descend("vocoder", loss.total)
-        return {"mel": loss.mel.detach(), "adversarial": loss.adversarial.detach(),
-                "features": loss.features.detach(), "critic": critic.detach()}
+        parts = {name: getattr(loss, name).detach() for name in ("mel", "adversarial", "features")}
+        return losses | parts | {"critic": critic.detach()}
 
-    held_out = torch.from_numpy(np.stack([bounce(VALIDATION_SEED + i, args.seconds, size=0).audio for i in range(8)]))
+    seeds = range(VALIDATION_SEED, VALIDATION_SEED + 8)
+    held_out = torch.from_numpy(np.stack([bounce(seed, 3.2, size=0).audio for seed in seeds])).to(args.device)
 
     def evaluate(ema):
         with torch.no_grad():
@@ -285,7 +281,7 @@ def train_vocoder(args):
 
 @dataclass
 class PairBatches:
-    """Clips of the world, drawn fresh and encoded: step -> [latents (batch, T, C, H, W), normalised mel (batch, M, L)].
+    """Clips of the world, drawn fresh and encoded: [step] -> [latents (batch, T, C, H, W), mel (batch, M, L)].
 
     18 frames go with the first 112 mel frames of their 1.8 s (P)."""
 
@@ -293,36 +289,32 @@ class PairBatches:
     seed: int
     vae_path: str
     config: CMMDConfig
-    mel_config: VocoderConfig
+    front: VocoderConfig
 
     def __post_init__(self):
         self.vae = None  # loaded by the process that draws the batches
 
-    def __call__(self, step):
-        if self.vae is None:
-            self.vae = load(self.vae_path, VAE)
+    def __getitem__(self, step):
+        self.vae = self.vae or vae.load(self.vae_path)
         c = self.config
         seeds = [clip_seed(self.seed, step, i, self.batch) for i in range(self.batch)]
         clips = [bounce(s, c.frames / c.fps, c.fps, c.size, c.sample_rate) for s in seeds]
-        latents = self.vae.encode(to_frames(np.stack([clip.video for clip in clips])))
-        mel = log_mel(torch.from_numpy(np.stack([clip.audio for clip in clips])), self.mel_config)
-        return [latents, (mel - c.mel_mean) / c.mel_std]
+        return encode_clips(clips, self.vae, c, self.front)
+
+
+def encode_clips(clips, autoencoder, config, front):
+    """World clips -> [latents (B, T, C, H, W), normalised mel (B, M, L)]."""
+    latents = autoencoder.encode(to_frames(np.stack([clip.video for clip in clips])))
+    mel = log_mel(torch.from_numpy(np.stack([clip.audio for clip in clips])), front)
+    return [latents, (mel - config.mel_mean) / config.mel_std]
 
 
 def train_cmmd(args):
-    """The joint model (Eq. 2): first --first-lesson steps with one side clean and the other at t >= 0.7, then the
-    mixture of `draw_times` (both ours)."""
-    vae, front = load(args.vae, VAE), SMALL_VOCODER
-    config = CMMDConfig(
-        latent_channels=vae.config.latent_channels, sample_rate=front.sample_rate, n_fft=front.n_fft, hop=front.hop,
-        mel_bins=front.mel_bins, **args.config)
-    if not args.init:
-        plain = replace(config, mel_mean=0.0, mel_std=1.0)
-        measured = PairBatches(64, args.seed, args.vae, plain, front)(args.steps)[1]
-        config = replace(config, mel_mean=round(float(measured.mean()), 3), mel_std=round(float(measured.std()), 3))
-    model = initial(CMMD, config, args)
+    """The joint model (Eq. 2): --first-lesson steps with one side clean, then the mixture (both ours)."""
+    autoencoder, front = vae.load(args.vae), SMALL_VOCODER
+    model = initial(CMMD, lambda path: load(path, CMMD), default_config(autoencoder, front, args.seed), args)
     config = model.config
-    state = State({"cmmd": model}, "cmmd")
+    state = State({"cmmd": model}, "cmmd", args)
 
     def losses(model, latents, mel, times):
         noise = torch.randn_like(latents), torch.randn_like(mel)
@@ -334,8 +326,7 @@ def train_cmmd(args):
         return {"video": loss[:, 0].mean().detach(), "audio": loss[:, 1].mean().detach()}
 
     clips = [bounce(VALIDATION_SEED + i, config.frames / config.fps, config.fps, config.size) for i in range(64)]
-    latents = vae.encode(to_frames(np.stack([clip.video for clip in clips]))).to(args.device)
-    mel = model.normalise(log_mel(torch.from_numpy(np.stack([clip.audio for clip in clips])), front)).to(args.device)
+    latents, mel = (x.to(args.device) for x in encode_clips(clips, autoencoder, config, front))
 
     def evaluate(ema):
         """Onset F1 and pitch of sounds for held-out clips; each side's loss at t = 0.95, the other clean or wrong."""
@@ -352,28 +343,35 @@ def train_cmmd(args):
     return run(state, PairBatches(args.batch, args.seed, args.vae, config, front), update, evaluate, args)
 
 
-def sound_scores(mels, clips, front):
-    """Of log10 mels (N, M, L) made for N world clips: onset F1 at 50 and 100 ms, share of matched onsets in pitch."""
-    hop = front.hop / front.sample_rate
-    found = [onsets(mel, hop) for mel in mels]
-    true = [clip.times for clip in clips]
-    figures = {f"f1_{round(tol * 1000)}": float(scores(event_counts(found, true, tol).sum(0)).f1) for tol in TOLERANCES}
-    return figures | {"pitch": float(share(pitch_counts(mels, found, clips, hop, pitch_templates(front)).sum(0)))}
+def default_config(autoencoder, front, seed):
+    """`demo` sizes for these latents and this front end, the mel's mean and deviation measured on 512 fresh sounds."""
+    sounds = [bounce(clip_seed(seed, 10**7, i, 1), size=0).audio for i in range(512)]
+    mel = log_mel(torch.from_numpy(np.stack(sounds)), front)
+    same = {name: getattr(front, name) for name in ("sample_rate", "n_fft", "hop", "mel_bins", "f_min", "f_max")}
+    return CMMDConfig(latent_channels=autoencoder.config.latent_channels, **same,
+                      mel_mean=round(float(mel.mean()), 3), mel_std=round(float(mel.std()), 3))
 
 
 # ---- Command line
 
 
-def initial(cls, config, args):
-    """A fresh network of that config, or the weights of --init to go on from."""
+def initial(cls, read, default, args):
+    """A fresh network, of the default sizes but for those in --config, or the weights of --init to go on from."""
     torch.manual_seed(args.seed)
-    return (load(args.init, cls).train() if args.init else cls(config)).to(args.device)
+    if args.init:
+        return read(args.init).train().to(args.device)
+    if unknown := set(args.config) - set(asdict(default)):
+        raise ValueError(f"--config knows no {', '.join(sorted(unknown))}; it may hold {', '.join(asdict(default))}")
+    try:
+        return cls(replace(default, **args.config)).to(args.device)
+    except TypeError as error:
+        raise ValueError(f"--config {json.dumps(args.config)}: a value is of the wrong kind ({error})") from None
 
 
 RECIPES = {  # what each training starts from; all ours but the vocoder's seconds (P)
     "vae": dict(steps=1600, batch=12, lr=1.2e-3, warmup=150, ema=0.995),
-    "vocoder": dict(steps=1800, batch=3, lr=1e-3, warmup=100, ema=0.995),
-    "cmmd": dict(steps=2200, batch=16, lr=1e-3, warmup=60, ema=0.997),
+    "vocoder": dict(steps=2500, batch=1, lr=1e-3, warmup=100, ema=0.995),
+    "cmmd": dict(steps=1600, batch=16, lr=1e-3, warmup=60, ema=0.997),
 }
 TRAININGS = {"vae": train_vae, "vocoder": train_vocoder, "cmmd": train_cmmd}
 
@@ -388,25 +386,24 @@ def sizes(text):
 
 def check(args):
     """Refuse, before any work, what cannot run."""
-    for name in ("steps", "batch"):
+    for name in ("steps", "batch", "log_every", "eval_every", "save_every"):
         if getattr(args, name) < 1:
-            raise ValueError(f"--{name} is {getattr(args, name)}, it must be at least 1")
-    known = {"vae": VAEConfig, "vocoder": VocoderConfig, "cmmd": CMMDConfig}[args.task].__dataclass_fields__
-    if unknown := set(args.config) - set(known):
-        raise ValueError(f"--config knows no {', '.join(sorted(unknown))}; it may hold {', '.join(known)}")
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, it must be at least 1")
+    if args.init and args.config:
+        raise ValueError("--init brings its own sizes; leave out --config")
     try:
-        torch.zeros(1, device=args.device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=args.device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"--device {args.device} cannot be used ({str(error).splitlines()[0]}); try cpu") from None
 
 
 def arguments(argv):
     """The command line, with the defaults of the chosen task's recipe."""
-    parser = argparse.ArgumentParser(prog="train.py", description=__doc__.splitlines()[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    show = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(prog="train.py", description=__doc__.splitlines()[0], formatter_class=show)
     tasks = parser.add_subparsers(dest="task", required=True, metavar="vae|vocoder|cmmd")
     for name, recipe in RECIPES.items():
-        task = tasks.add_parser(name, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        task = tasks.add_parser(name, formatter_class=show)
         task.add_argument("--out", required=True, help="folder for checkpoints, logs and the trained weights")
         for key, value in recipe.items():
             task.add_argument(f"--{key}", type=type(value), default=value)
@@ -417,13 +414,13 @@ def arguments(argv):
         task.add_argument("--threads", type=int, help="CPU threads")
         task.add_argument("--workers", type=int, default=1, help="processes that prepare batches")
         task.add_argument("--log-every", type=int, default=20)
-        task.add_argument("--eval-every", type=int, default=200)
+        task.add_argument("--eval-every", type=int, default=400)
         task.add_argument("--save-every", type=int, default=100)
         if name == "vae":
             task.add_argument("--freeze-encoder", action="store_true", help="train the decoder alone, latents stay")
         if name == "vocoder":
             task.add_argument("--seconds", type=float, default=4.0, help="length of the training crops (paper: 4)")
-            task.add_argument("--adversarial-from", type=int, default=900, help="first step with discriminators")
+            task.add_argument("--adversarial-from", type=int, default=2000, help="first step with discriminators")
         if name == "cmmd":
             task.add_argument("--vae", required=True, help="weights of the autoencoder")
             task.add_argument("--first-lesson", type=int, default=400, help="steps with one side clean")

@@ -239,6 +239,16 @@ class VAE(nn.Module):
         return [torch.as_tensor(x, device=device).reshape(-1, 1, 1) for x in (self.config.scale, self.config.shift)]
 
 
+def to_frames(video):
+    """uint8 (..., H, W, 3), array or tensor -> float32 (..., 3, H, W) in [-1, 1]."""
+    return torch.as_tensor(video).movedim(-1, -3).contiguous().float() / 127.5 - 1
+
+
+def to_uint8(frames):
+    """Inverse of `to_frames`, rounded: float (..., 3, H, W) in [-1, 1] -> uint8 array (..., H, W, 3)."""
+    return ((frames.clamp(-1, 1) + 1) * 127.5).round().byte().movedim(-3, -1).cpu().numpy()
+
+
 def _in_chunks(function, x, chunk):
     """function over x (B, T, ...) seen as one long row of frames, `chunk` at a time, in the fast arithmetic."""
     rows = x.flatten(0, 1)  # (B, T, C, H, W) -> (B*T, C, H, W)

@@ -321,15 +321,16 @@ def generator_loss(real, fake, wave, output, config, feature_weight=2.0, mel_wei
 
 
 def loud_stft_loss(output, wave):
-    """Mean absolute difference of log(1 + 20 |STFT|) of two waves (B, S), over windows of 16 to 128 ms at 16 kHz. Scalar.
+    """Mean absolute difference of log(1 + 20 |STFT|) of two waves (B, S), over four windows from 256 to 2048. Scalar.
 
-    For the first part of a training (ours): log-mel losses pull hardest where the sound is faintest, since the slope of a
-    logarithm is 1/x, and a fresh generator then learns the background before any tone."""
+    For the first part of a training (ours): log-mel losses pull hardest where the sound is faintest, since the slope of
+    a logarithm is 1/x, and a fresh generator then learns the background before any tone."""
     total = 0
     for n_fft in (256, 512, 1024, 2048):
         window = torch.hann_window(n_fft, device=wave.device)
-        a, b = (torch.stft(x.float(), n_fft, n_fft // 4, window=window, return_complex=True).abs() for x in (output, wave))
-        total = total + ((1 + 20 * a).log() - (1 + 20 * b).log()).abs().mean()
+        a, b = ((1 + 20 * torch.stft(x.float(), n_fft, n_fft // 4, window=window, return_complex=True).abs()).log()
+                for x in (output, wave))
+        total = total + F.l1_loss(a, b)
     return total / 4
 
 
