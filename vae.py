@@ -384,6 +384,8 @@ def _read(path):
             with safe_open(str(path), "pt") as file:
                 return {n: file.get_tensor(n) for n in _relevant(file.keys())}, "class" in (file.metadata() or {})
         content = torch.load(str(path), map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: there is no such file; expected the weights of a VAE") from None
     except Exception as error:  # whatever a damaged or foreign file provokes
         code = re.search(r"GLOBAL (\S+)", str(error))
         reason = (f"cannot be read ({getattr(error, 'strerror', error)})" if start is None
