@@ -705,7 +705,7 @@ def test_vae_load_refuses_other_files(tmp_path, suffix):
     whole = write_weights(published_vae(), path).read_bytes()
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 334643276\n"
     cases = ((b"", "empty"), (pointer, "LFS pointer"), (b"<html>", "damaged"), (whole[:5000], "damaged"))
-    for content, says in (*cases, (None, "No such file")):
+    for content, says in (*cases, (None, "no such file")):
         path.write_bytes(content) if content is not None else path.unlink()
         with pytest.raises(ValueError, match=says) as error:
             vae_module.load(path)
