@@ -532,7 +532,7 @@ def joint_loss(model, video, audio, t_video, t_audio, noise_video, noise_audio):
 
 
 @torch.no_grad()
-def generate(model, video=None, audio=None, frames=None, *, steps=10, condition="clean", guidance=None,
+def generate(model, video=None, audio=None, frames=None, *, steps=6, condition="clean", guidance=None,
              sampler="ddim", stochasticity=0.0, seeds=(0,), stride=8, window_batch=8, progress=None):
     """Sample what is missing: sound for `video`, video for `audio`, both for `frames` -> latents (B, T, C, H, W) and
     normalised mel (B, M, L), float32; what was given is returned as it is.

@@ -467,7 +467,7 @@ def main(argv=None):
     two.add_argument("--child", help=argparse.SUPPRESS)  # the file to time, in the fresh process
     for command in (one, two):
         command.add_argument("--weights", default="worlds", help="name in the box, or folder (default: %(default)s)")
-        command.add_argument("--steps", type=int, default=10, help="sampler steps (default: %(default)s)")
+        command.add_argument("--steps", type=int, default=6, help="sampler steps (default: %(default)s)")
         command.add_argument("--device")
         command.add_argument("--out", help="also write everything to this .json, or the rows to this .csv")
     args = parser.parse_args(argv)

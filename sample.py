@@ -67,7 +67,7 @@ class Clip(NamedTuple):
             data.write_clip(path, self.video, self.audio, self.fps, self.sample_rate)
 
 
-def sample(video=None, audio=None, *, seconds=None, fps=None, sample_rate=None, steps=10, condition="clean",
+def sample(video=None, audio=None, *, seconds=None, fps=None, sample_rate=None, steps=6, condition="clean",
            guidance=None, stochasticity=0.0, seed=0, weights="worlds", device=None, models=None, progress=None):
     """Make the sound of a video, the picture of a sound, or (given neither) both -> Clip.
 
@@ -105,7 +105,7 @@ def _check(video, audio, seconds, fps, sample_rate, steps, condition):
     if video is not None and audio is not None:
         raise ValueError("got both a video and a sound, so nothing is left to make; give one of them")
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps is {steps!r}, expected a whole number of at least 1; 10 is a good choice")
+        raise ValueError(f"steps is {steps!r}, expected a whole number of at least 1; 6 is a good choice")
     if condition not in CONDITIONS:
         raise ValueError(f"condition is {condition!r}, expected one of {', '.join(CONDITIONS)}")
     if seconds is not None and not 0 < seconds <= LONGEST:
@@ -340,7 +340,7 @@ def _arguments(argv):
     parser.add_argument("--audio", help="sound file, or video with sound, that gets a picture")
     parser.add_argument("--seconds", type=float, help="length, at most the input's (default: all of it)")
     parser.add_argument("--weights", default="worlds", help="name in weights/, or a folder (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=10, help="denoising steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=6, help="denoising steps (default: %(default)s)")
     parser.add_argument("--condition", default="clean", choices=CONDITIONS, help="how what is given enters")
     parser.add_argument("--guidance", type=float, help="strength of the guidance (default: the condition's own)")
     parser.add_argument("--seed", type=int, default=0, help="another seed, another result (default: %(default)s)")
