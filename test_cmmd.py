@@ -2019,8 +2019,8 @@ def test_weights_keep_held_out_frames_and_sounds(trained):
     mel = log_mel(waves, trained.vocoder.config)
     normal = trained.cmmd.normalise(mel)
     assert abs(normal.mean()) < 0.3 and 0.7 < normal.std() < 1.3
-    ours, baseline = trained.vocoder.decode(mel), griffin_lim(mel, trained.vocoder.config)
-    assert mel_loss(ours, waves, trained.vocoder.config) < mel_loss(baseline, waves, trained.vocoder.config)
+    ours, others = (mel_loss(x, waves, trained.vocoder.config) for x in (trained.vocoder.decode(mel), waves.roll(1, 0)))
+    assert ours < 0.6 and ours < others / 2
 
 
 @shipped
