@@ -92,6 +92,12 @@ def load(path, cls):
     return module.eval()
 
 
+def first_few(names, count=4):
+    """Names for an error message: the first `count`, and how many there are if that is not all."""
+    names = list(names)
+    return (", ".join(names[:count]) or "none") + (f", ... ({len(names)} in all)" if len(names) > count else "")
+
+
 def fast_autocast(device):
     """Context: bf16 autocast where that is fast (GPUs, CPUs with native bf16), else plain float32.
 
@@ -400,7 +406,7 @@ class Pair(nn.Module):
 
 class NoiseSkip(nn.Module):
     """A path around the U-Net for sound, x (B, M, L) -> the same: x and a local mix of it, each by a gain that the time
-    sets. At low noise the velocity is nearly the noise itself, 80 white channels that do not fit through 96 bent ones."""
+    sets. At low noise the velocity is nearly the noise itself: 80 white channels, which 96 bent ones hardly carry."""
 
     def __init__(self, bins, embedding):
         super().__init__()

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cmmd import fast_autocast
+from cmmd import fast_autocast, first_few
 
 
 @dataclass(frozen=True)
@@ -443,7 +443,7 @@ def _matched(path, tensors, names, wanted):
     if missing or extra:
         looks = [text for piece, text in KNOWN_FILES.items() if any(piece in n for n in tensors)] or ["another network"]
         raise ValueError(f"{path}: not a Gaussian autoencoder's state dict, it looks like {looks[0]}; "
-                         f"missing: {_first_few(missing)}; extra: {_first_few(extra)}")
+                         f"missing: {first_few(missing)}; extra: {first_few(extra)}")
     state = {}
     for theirs, name in names.items():
         x, shape = tensors[theirs], tuple(wanted[name].shape)
@@ -451,10 +451,6 @@ def _matched(path, tensors, names, wanted):
         if x.shape != shape:
             raise ValueError(f"{path}: {theirs} is {tuple(x.shape)}, the other tensors imply {shape}")
     return state
-
-
-def _first_few(names, count=4):
-    return (", ".join(names[:count]) or "none") + (f", ... ({len(names)} in all)" if len(names) > count else "")
 
 
 def main(arguments=None):

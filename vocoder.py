@@ -25,6 +25,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
+from cmmd import first_few
+
 FLOOR = 1e-5  # magnitudes below it count as silence: log10 -> -5
 SLOPE = 0.2  # of every leaky ReLU
 
@@ -419,7 +421,7 @@ def load(path, **mel_settings):
         hints = [text for piece, text in KNOWN_FILES.items() if any(piece in n for n in tensors)]
         looks = hints[0] if hints else "another network" if len(missing) == len(names) else "a changed MelGAN generator"
         raise ValueError(f"{path}: not a MelGAN generator's state dict, it looks like {looks}; "
-                         f"missing: {_first_few(missing)}; extra: {_first_few(extra)}")
+                         f"missing: {first_few(missing)}; extra: {first_few(extra)}")
     vocoder = Vocoder(config)
     wanted = vocoder.state_dict()
     for theirs, name in names.items():
@@ -449,7 +451,7 @@ def _read(path):
         raise ValueError(f"{path}: holds a {type(content).__name__}, expected a state dict of tensors")
     tensors = {str(name).removeprefix("module."): x for name, x in content.items() if isinstance(x, torch.Tensor)}
     if not tensors:
-        raise ValueError(f"{path}: a dict of {_first_few(map(str, content))}, expected a state dict of tensors")
+        raise ValueError(f"{path}: a dict of {first_few(map(str, content))}, expected a state dict of tensors")
     return tensors, False
 
 
@@ -457,7 +459,7 @@ def _sizes(tensors, mel_settings):
     """The config that the folded tensors of a melgan-neurips generator imply; its published one if they don't tell."""
     unknown = set(mel_settings) - {"sample_rate", "n_fft", "f_min", "f_max"}
     if unknown:
-        raise ValueError(f"{_first_few(sorted(unknown))}: read off the tensors, cannot be given")
+        raise ValueError(f"{first_few(sorted(unknown))}: read off the tensors, cannot be given")
     mel = dict(sample_rate=22050, n_fft=1024) | mel_settings
     mel.setdefault("f_max", mel["sample_rate"] / 2)
     places = sorted({int(n.split(".")[1]) for n in tensors if re.fullmatch(r"model\.\d+\.(weight|bias)", n)})
@@ -481,11 +483,6 @@ def _published_names(config):
         index += 2 + config.residual_blocks
     ours["last"] = f"model.{index + 2}"  # after an activation and a padding
     return {f"{theirs}.{kind}": f"{name}.{kind}" for name, theirs in ours.items() for kind in ("weight", "bias")}
-
-
-def _first_few(names, count=4):
-    names = list(names)
-    return (", ".join(names[:count]) or "none") + (f", ... ({len(names)} in all)" if len(names) > count else "")
 
 
 def main(arguments=None):
