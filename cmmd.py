@@ -4,9 +4,9 @@ The method of the paper, over tensors: nothing here knows of files of media, fra
   files        atomic, save, load: weights and their sizes in one safetensors file
   schedule     alpha_bar, diffuse, velocity and back                                    Sec. 2.1
   the model    CMMDConfig, blocks, EasyFusion, CMMD: two U-Nets side by side            Fig. 1
-  losses       joint_loss (Eq. 2), the times drawn in training                          Sec. 2.1
+  losses       joint_loss (Eq. 2), contrastive_loss (Eq. 6), the times of a training    Sec. 2.1, 2.2
+  negatives    draw_negatives: shift, splice, swap                                      Sec. 2.2
   sampler      generate: clean, replace or guide (Eqs. 3, 5), windows for any length    Sec. 2.1
-The joint contrastive loss (Eq. 6) and its negatives (Sec. 2.2) are still to come, below the losses.
 
 Letters: B batch, T video frames, C channels, H W latent height and width, M mel bins, L mel frames. "velocity" is the
 v-target of Salimans and Ho; `t` in [0, 1] is the noise level (the paper's n / N), 0 clean and 1 pure noise.
@@ -19,6 +19,7 @@ import tempfile
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -532,6 +533,63 @@ def joint_loss(model, video, audio, t_video, t_audio, noise_video, noise_audio):
     targets = velocity(video, noise_video, t_video), velocity(audio, noise_audio, t_audio)
     errors = [(p - v).square().flatten(1).mean(dim=1) for p, v in zip(predicted, targets)]
     return torch.stack([errors[0] * (t_video > 0), errors[1] * (t_audio > 0)], dim=1)
+
+
+class ContrastiveLoss(NamedTuple):
+    """`total` to descend, and its parts: Eq. 2 of the true pairs (B, 2); of pairs with a wrong sound and of pairs with a
+    wrong picture (n, 2) each, video then audio."""
+
+    total: torch.Tensor
+    positive: torch.Tensor
+    wrong_audio: torch.Tensor
+    wrong_video: torch.Tensor
+
+
+def contrastive_loss(model, pair, times, noise, negatives, eta, margin=None):
+    """Eq. 6: the true pairs' joint loss less eta times that of pairs with a wrong sound, less eta times that of pairs
+    with a wrong picture -> ContrastiveLoss. All in one batched pass.
+
+    pair, times and noise: (video, audio) each, as `joint_loss` takes them. negatives: (wrong_video, wrong_audio), each
+    (n, ...), for the first n samples of the batch: the paper's "sub-sample". A negative has its positive's times and
+    noise, its velocity is that of the negative itself, and a clean side has no loss there either (ours; the paper is
+    silent). Eq. 6 falls without bound as negatives get worse. With `margin` (ours) each term is bounded instead:
+    eta * max(0, margin + its positive's loss - its own), so a negative that is worse by the margin is left alone."""
+    n = len(negatives[0])
+    video = torch.cat([pair[0], pair[0][:n], negatives[0]])
+    audio = torch.cat([pair[1], negatives[1], pair[1][:n]])
+    more = [torch.cat([x, x[:n], x[:n]]) for x in (*times, *noise)]
+    loss = joint_loss(model, video, audio, *more)
+    positive, wrong_audio, wrong_video = loss.split([len(pair[0]), n, n])
+    total = positive.sum(dim=1).mean()
+    for wrong in (wrong_audio, wrong_video) if n else ():
+        wrong = wrong.sum(dim=1)
+        if margin is None:
+            total = total - eta * wrong.mean()
+        else:
+            total = total + eta * F.relu(margin + positive[:n].sum(dim=1).detach() - wrong).mean()
+    return ContrastiveLoss(total, positive, wrong_audio, wrong_video)
+
+
+# ---- Negatives
+
+
+def draw_negatives(x, shifted, others, dim, shares=(1, 1, 1)):
+    """Sec. 2.2, "Creating Negative Samples": wrong partners for what belongs to x -> the same shape.
+
+    x (n, ...): one modality's windows, time along `dim`; shifted: windows cut from the same clips some hundred
+    milliseconds earlier or later (never rolled: a seam would give them away); others: windows of other clips. Each
+    sample is drawn as one kind, in these shares: shift; splice, a random left or right part taken from the other clip;
+    swap, the other clip."""
+    n, length = len(x), x.shape[dim]
+    kind = torch.multinomial(torch.tensor(shares, dtype=torch.float32), n, replacement=True)
+    split = torch.randint(1, max(length, 2), (n,))
+    left = torch.rand(n) < 0.5
+    foreign = (torch.arange(length) < split[:, None]) == left[:, None]  # (n, length): taken from the other clip
+    foreign = (foreign & (kind == 1)[:, None]) | (kind == 2)[:, None]
+    shape = [n] + [1] * (x.dim() - 1)
+    is_shift = (kind == 0).reshape(shape).to(x.device)
+    shape[dim] = length
+    return torch.where(is_shift, shifted, torch.where(foreign.reshape(shape).to(x.device), others, x))
 
 
 # ---- Sampler

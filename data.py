@@ -3,6 +3,7 @@
   what a file holds   Media, probe: its streams, length and start; check_output: can this path be written
   reading             Video (a file's frames, chunk by chunk), read_video, read_audio
   writing             write_clip (frames and sound), add_audio (a file's own picture with a new sound)
+  cache               clips encoded once: encode_files, write_encoded; open_encoded, EncodedClip, read by slice
   worlds              procedural clips whose event times are known
 
 Everything goes through the ffmpeg binary that imageio-ffmpeg brings, so whatever ffmpeg reads, we read; it crops and
@@ -12,6 +13,7 @@ where its sound starts; all times are in seconds from there.
 Letters: T video frames, H W height and width, S samples. Frames are uint8 (T, H, W, 3), waves float32 (S,) in [-1, 1].
 """
 
+import hashlib
 import math
 import os
 import re
@@ -24,8 +26,12 @@ from queue import Queue
 from typing import NamedTuple
 
 import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from cmmd import atomic
+from cmmd.vae import to_frames
 
 VIDEO_TYPES = {  # by extension: codec of the picture, codec of the sound, what else the format wants
     ".mp4": ("libx264 -crf 18 -preset fast", "aac -ar 48000 -b:a 128k", "-movflags +faststart"),
@@ -387,6 +393,74 @@ def _reason(text):
     """The first error that ffmpeg tells, without its prefixes."""
     errors = re.findall(r"\[(?:error|fatal)\] (.+)", text)
     return errors[0].strip().rstrip(".") if errors else "ffmpeg cannot read it"
+
+
+# ---- Cache: clips encoded once, read by slice
+
+
+class EncodedClip(NamedTuple):
+    """T frames of latents (T, C, H, W) at `fps` and the wave (S,) they go with, int16 at `sample_rate`; both tensors, or
+    slices of a file of the cache, which are read only where they are cut."""
+
+    latents: torch.Tensor
+    wave: torch.Tensor
+    T: int
+    fps: float
+    sample_rate: int
+
+    def picture(self, first, frames):
+        """`frames` frames from frame `first` on, which the clip must have -> float32 (frames, C, H, W)."""
+        return self.latents[first : first + frames].float()
+
+    def sound(self, start, seconds):
+        """The wave from `start` s on, `seconds` long, which the clip must have -> float32 (S,)."""
+        start, length = round(start * self.sample_rate), round(seconds * self.sample_rate)
+        return self.wave[start : start + length].float() / 32767
+
+
+def write_encoded(path, latents, wave, fps, sample_rate):
+    """A clip of the cache: latents (T, C, H, W) as fp16, wave float (S,) as int16, cut or padded to T / fps seconds."""
+    samples = round(len(latents) / fps * sample_rate)
+    wave = np.pad(wave[:samples], (0, max(0, samples - len(wave))))
+    tensors = {"latents": latents.half().contiguous(), "wave": torch.from_numpy(np.round(wave * 32767).astype(np.int16))}
+    with atomic(path) as temporary:
+        save_file(tensors, temporary, metadata={"fps": str(fps), "sample_rate": str(sample_rate)})
+
+
+def open_encoded(path):
+    """A file of `write_encoded` -> EncodedClip, nothing read yet. ValueError, in one line, if it is none, or torn."""
+    try:
+        file = safe_open(str(path), framework="pt")
+        latents, wave, header = file.get_slice("latents"), file.get_slice("wave"), file.metadata()
+        return EncodedClip(latents, wave, latents.get_shape()[0], float(header["fps"]), int(header["sample_rate"]))
+    except (OSError, SafetensorError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: no whole clip of a latent cache ({error}); remove it and encode again") from None
+
+
+def encode_files(paths, folder, vae, fps, size, sample_rate, shortest, say=print):
+    """Encode every video with sound among `paths` into the folder of a cache -> (files written or found, refused).
+
+    One file a clip, whole or not at all, so that a run may be stopped, and several may work at once. refused: one line
+    for each that has no picture, no sound, does not decode, or has fewer than `shortest` frames."""
+    done, refused = [], []
+    for i, path in enumerate(paths):
+        facts = os.stat(path)
+        key = hashlib.sha256(f"{Path(path).resolve()} {facts.st_size} {facts.st_mtime_ns}".encode()).hexdigest()[:12]
+        target = Path(folder) / f"{Path(path).stem}-{key}.safetensors"
+        try:
+            if not target.exists():
+                wave, device = read_audio(path, sample_rate), next(vae.parameters()).device
+                frames = Video(path, fps, size)
+                latents = torch.cat([vae.encode(to_frames(part.copy())[None].to(device))[0].cpu() for part in frames])
+                if len(latents) < shortest:
+                    raise ValueError(f"{path}: {len(latents)} frames at {fps:g} fps, a window has {shortest}")
+                write_encoded(target, latents, wave, fps, sample_rate)
+                say(f"encoded {i + 1} of {len(paths)}: {path}")
+            done.append(target)
+        except ValueError as error:
+            refused.append(str(error))
+            say(f"skipped {i + 1} of {len(paths)}: {error}")
+    return done, refused
 
 
 # ---- Worlds: procedural clips whose event times are known

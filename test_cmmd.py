@@ -35,8 +35,9 @@ from torch import nn
 
 import cmmd
 from cmmd import (
-    CMMD, CMMDConfig, Windows, atomic, averaging, data, denoise, diffuse, draw_times, evaluate, generate, interpolation,
-    joint_loss, mel_frames, sample as sampling, save, train, vae as vae_module, velocity, vocoder as vocoder_module)
+    CMMD, CMMDConfig, Windows, atomic, averaging, contrastive_loss, data, denoise, diffuse, draw_negatives, draw_times,
+    evaluate, generate, interpolation, joint_loss, mel_frames, sample as sampling, save, train, vae as vae_module,
+    velocity, vocoder as vocoder_module)
 from cmmd.data import KIND_PITCH, TRAINING_SEED, bounce
 from cmmd.sample import Clip, load_models, sample
 from cmmd.vae import VAE, VAEConfig, quick_start, vae_loss
@@ -315,6 +316,63 @@ def test_cmmd_draw_times_of_the_first_lesson():
     assert clean_video.float().mean().item() == pytest.approx(0.75, abs=0.04)
     noisy = torch.where(clean_video, t_audio, t_video)
     assert noisy.min() >= 0.7 and (noisy == 1).float().mean().item() == pytest.approx(0.5, abs=0.04)
+
+
+def test_cmmd_contrastive_loss_is_eq_6(full_precision):
+    model, pair = tiny_model(), (noise(3, 5, 4, 4, 4), noise(3, 80, 31))
+    times = torch.tensor([0.6, 0.0, 0.9]), torch.tensor([0.6, 0.7, 0.3])
+    eps = noise(3, 5, 4, 4, 4, seed=1), noise(3, 80, 31, seed=2)
+    wrong = noise(2, 5, 4, 4, 4, seed=3), noise(2, 80, 31, seed=4)
+    alone = lambda video, audio, n: joint_loss(model, video, audio, *(t[:n] for t in times), *(e[:n] for e in eps))
+    positive, wrong_audio, wrong_video = alone(*pair, 3), alone(pair[0][:2], wrong[1], 2), alone(wrong[0], pair[1][:2], 2)
+    loss = contrastive_loss(model, pair, times, eps, wrong, eta=0.3)
+    for made, wanted in zip(loss[1:], (positive, wrong_audio, wrong_video)):
+        torch.testing.assert_close(made, wanted, rtol=1e-4, atol=1e-6)
+    wanted = positive.sum(1).mean() - 0.3 * wrong_audio.sum(1).mean() - 0.3 * wrong_video.sum(1).mean()
+    torch.testing.assert_close(loss.total, wanted, rtol=1e-4, atol=1e-6)
+    assert wrong_audio[1, 0] == 0 and wrong_video[1, 0] == 0  # a clean side has no loss in a negative either
+    none = contrastive_loss(model, pair, times, eps, (wrong[0][:0], wrong[1][:0]), eta=0.3)
+    torch.testing.assert_close(none.total, positive.sum(1).mean(), rtol=1e-4, atol=1e-6)
+
+
+def test_cmmd_contrastive_loss_bounded_leaves_bad_negatives_alone(full_precision):
+    """With a margin a negative pulls only while it is less than that worse than its positive, which then stays put."""
+    model, pair = tiny_model(), (noise(2, 5, 4, 4, 4), noise(2, 80, 31))
+    times, eps = (torch.tensor([0.6, 0.9]),) * 2, (noise(2, 5, 4, 4, 4, seed=1), noise(2, 80, 31, seed=2))
+    far = tuple(100 * x.flip(0) for x in pair)
+    gradients = []
+    for wrong, eta in ((far, 0.25), (far, 0.0), (pair, 0.25)):
+        loss = contrastive_loss(model, pair, times, eps, wrong, eta, margin=0.3)
+        model.zero_grad()
+        loss.total.backward()
+        gradients.append(torch.cat([x.grad.flatten() for x in model.parameters()]))
+        plain = loss.positive.sum(1).mean()
+        torch.testing.assert_close(loss.total, plain + (2 * 0.25 * 0.3 if wrong is pair else 0.0), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
+    # a negative equal to its positive: each of the two terms pulls with -eta of the positive's own gradient
+    torch.testing.assert_close(gradients[2], gradients[1] * (1 - 2 * 0.25), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("dim, shape", [(1, (600, 6, 2, 3, 3)), (2, (600, 5, 6))])
+def test_cmmd_negatives_are_shifts_splices_and_swaps(dim, shape):
+    """Every step of a negative comes from the shifted clip, its own or the other one, in the pattern of its kind."""
+    torch.manual_seed(0)
+    own, shifted, other = (torch.full(shape, float(i)) for i in range(3))
+    made = draw_negatives(own, shifted, other, dim, shares=(1, 2, 1))
+    assert made.shape == shape
+    rows = made.movedim(dim, 1).flatten(2)
+    assert (rows == rows[:, :, :1]).all()  # whole steps
+    kinds, splits = [0, 0, 0], set()
+    for row in rows[:, :, 0].int().tolist():
+        changes = [i for i in range(1, 6) if row[i] != row[i - 1]]
+        if set(row) == {0, 2} and len(changes) == 1:
+            kinds[1] += 1
+            splits.add((changes[0], row[0]))
+        else:
+            assert row in ([1] * 6, [2] * 6)
+            kinds[0 if row[0] == 1 else 2] += 1
+    assert [k / 600 for k in kinds] == pytest.approx([0.25, 0.5, 0.25], abs=0.06)
+    assert splits == {(i, part) for i in range(1, 6) for part in (0, 2)}
 
 
 # ==== cmmd: sampler
@@ -1684,14 +1742,17 @@ TRAININGS = {
     "vae": ["--config", '{"channels": [8, 8, 8, 8], "blocks": 1, "groups": 4}'],
     "vocoder": ["--config", '{"base": 2, "residual_blocks": 1}', "--seconds", "0.512", "--adversarial-from", "3"],
     "cmmd": ["--config", json.dumps(TINY), "--first-lesson", "2"],
+    "cmmd, Eq. 6": ["--config", json.dumps(TINY), "--eta", "0.1", "--margin", "0.3", "--negatives", "0.5"],
+    "cmmd, cached": ["--config", json.dumps(TINY), "--eta", "0.01", "--negatives", "0.5", "--clips", "5"],
 }
 
 
-@pytest.mark.parametrize("task", ["vae", "vocoder", "cmmd"])
-def test_train_resumed_equals_never_stopped(tmp_path, monkeypatch, weights, task):
+@pytest.mark.parametrize("name", list(TRAININGS))
+def test_train_resumed_equals_never_stopped(tmp_path, monkeypatch, weights, name):
+    task = name.partition(",")[0]
     drawn = cache(bounce)  # trainings draw many clips: here 8 will do
     monkeypatch.setattr(train, "bounce", lambda seed, *rest, **settings: drawn(seed % 8, *rest, **settings))
-    words = [task, "--steps", "6", "--batch", "2", "--workers", "0", "--save-every", "3", *TRAININGS[task]]
+    words = [task, "--steps", "6", "--batch", "2", "--workers", "0", "--save-every", "3", *TRAININGS[name]]
     if task == "cmmd":
         words += ["--vae", str(weights / "vae.safetensors")]
     assert not train.main([*words, "--out", str(tmp_path / "straight")])
@@ -1731,6 +1792,83 @@ def test_train_command_line_refuses_in_one_line(tmp_path, monkeypatch, capsys, w
     assert train.main([words[0], "--out", "out", *words[1:], "--workers", "0"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and says in error and not list(tmp_path.rglob("*.safetensors")), error
+
+
+def pair_batches(files=(), **changes):
+    config = CMMDConfig(**TINY | dict(latent_channels=1, size=16, mel_mean=0.0, mel_std=1.0))
+    settings = dict(batch=8, seed=3, config=config, front=train.SMALL_VOCODER, vae_path="", clips=files, negatives=5)
+    return train.PairBatches(**settings | changes)
+
+
+def counting_clip(path, T=26):
+    """A cached clip whose latents are the frame's number, and whose wave is a chirp: every moment is told by its pitch."""
+    t = np.arange(round(T * 1600)) / 16000
+    latents = torch.arange(T, dtype=torch.float32)[:, None, None, None].expand(T, 1, 2, 2)
+    data.write_encoded(path, latents, 0.5 * np.sin(2 * np.pi * (500 * t + 500 * t**2)), 10, 16000)
+    return data.open_encoded(path)
+
+
+def test_train_windows_and_their_shifts_are_cut_from_the_clip(tmp_path):
+    """Pictures move by 1 to 4 frames and sounds by 0.1 to 0.4 s, both ways, and are what the clip holds there."""
+    clip = counting_clip(tmp_path / "a.safetensors")
+    batches = pair_batches((str(tmp_path / "a.safetensors"),))
+    pitch = lambda mel: (mel.argmax(dim=1)[:, [10, 100]].float().mean(dim=1))  # in mel bins: rises with time
+    moves, sounds = [], []
+    for step in range(40):
+        latents, mel, moved_latents, moved_mel = batches[step]
+        assert latents.shape == (8, 18, 1, 2, 2) and mel.shape == (8, 80, 112) and len(moved_latents) == len(moved_mel) == 5
+        for window in (*latents, *moved_latents):
+            assert torch.equal(window[:, 0, 0, 0], window[0, 0, 0, 0] + torch.arange(18)) and window.max() <= 25
+        first = latents[:5, 0, 0, 0, 0]
+        moves += (moved_latents[:, 0, 0, 0, 0] - first).tolist()
+        sounds += (pitch(moved_mel) - pitch(mel[:5])).sign().tolist()
+        for k, made in zip(latents[:, 0, 0, 0, 0].int().tolist(), mel):
+            wave = clip.sound(k / 10, 1.8)[None]
+            torch.testing.assert_close(made[None], log_mel(wave, train.SMALL_VOCODER))
+    assert set(moves) == {-4, -3, -2, -1, 1, 2, 3, 4} and set(sounds) == {-1, 1}
+    assert all(torch.equal(a, b) for a, b in zip(batches[7], pair_batches(batches.clips)[7]))
+
+
+def test_train_shift_goes_where_the_clip_goes_on(tmp_path):
+    clip, batches, rng = counting_clip(tmp_path / "a.safetensors"), pair_batches(), np.random.default_rng(0)
+    for k in range(9):
+        moves = np.array([batches.move(rng, k, clip) for _ in range(300)])
+        before, after = min(0.4, k / 10), min(0.4, (8 - k) / 10)
+        assert moves.min() >= -before - 1e-9 and moves.max() <= after + 1e-9 and abs(moves).min() >= 0.1 - 1e-9
+        assert (moves < 0).any() == (before >= 0.1) and (moves > 0).any() == (after >= 0.1)
+
+
+def told_apart(real, fake):
+    """Accuracy (chance 0.5), on the half it was not fitted to, of a linear classifier that sees the four largest
+    changes of each mel (N, M, L) from one frame to the next."""
+    x = np.concatenate([np.sort(np.abs(np.diff(mels, axis=2)).sum(axis=1), axis=1)[:, -4:] for mels in (real, fake)])
+    x = np.concatenate([(x - x.mean(0)) / x.std(0), np.ones((len(x), 1))], axis=1)
+    y, fitted = np.repeat([1.0, -1.0], len(real)), np.arange(len(x)) % 2 == 0
+    w = np.linalg.lstsq(x[fitted], y[fitted], rcond=None)[0]
+    return ((x[~fitted] @ w > 0) == (y[~fitted] > 0)).mean()
+
+
+def test_train_shifted_sounds_have_no_seam(tmp_path):
+    """A classifier that sees where sounds were rolled cannot tell re-cropped ones, our negatives, from true ones."""
+    rng, t = np.random.default_rng(0), np.arange(26 * 1600) / 16000
+    for i in range(40):  # gliding tones
+        glide = np.cumsum(2 * np.pi * (700 + 500 * np.sin(2 * np.pi * (0.7 * t + rng.random())))) / 16000
+        data.write_encoded(tmp_path / f"{i:02}.safetensors", torch.zeros(26, 1, 2, 2), 0.3 * np.sin(glide), 10, 16000)
+    files = tuple(map(str, sorted(tmp_path.iterdir())))
+    out = [pair_batches(files, batch=16, negatives=16)[step] for step in range(40)]
+    real, shifted = torch.cat([x[1] for x in out]), torch.cat([x[3] for x in out])
+    rolled = torch.stack([mel.roll(int(by), 1) for mel, by in zip(real, rng.integers(6, 26, len(real)))])
+    assert told_apart(real.numpy(), rolled.numpy()) > 0.75
+    assert told_apart(real.numpy(), shifted.numpy()) < 0.56  # 640 judged: standard error 0.02
+
+
+def test_train_cache_refuses_what_is_torn(tmp_path):
+    path = tmp_path / "a.safetensors"
+    counting_clip(path)
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(ValueError) as error:
+        data.open_encoded(path)
+    one_line(error, path)
 
 
 def test_train_learning_rate_warms_up_and_comes_down():

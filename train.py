@@ -10,6 +10,7 @@ resumed with the same settings ends with the same weights, bit for bit on the CP
 import argparse
 import copy
 import csv
+import hashlib
 import json
 import math
 import sys
@@ -22,8 +23,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from cmmd import CMMD, CMMDConfig, atomic, draw_times, fast_autocast, generate, joint_loss, load, save, vae, vocoder
-from cmmd.data import TRAINING_SEED, bounce
+from cmmd import (
+    CMMD, CMMDConfig, atomic, contrastive_loss, draw_negatives, draw_times, fast_autocast, generate, joint_loss, load,
+    save, vae, vocoder,
+)
+from cmmd.data import TRAINING_SEED, EncodedClip, bounce, open_encoded, write_encoded
 from cmmd.evaluate import psnr, sound_scores
 from cmmd.vae import VAE, VAEConfig, quick_start, to_frames, vae_loss
 from cmmd.vocoder import (
@@ -35,7 +39,7 @@ VALIDATION_SEED = 500_000  # worlds from here on choose settings; those from 0 o
 SMALL_VAE = VAEConfig(channels=(16, 32, 64, 96), blocks=1, groups=4, latent_channels=8)
 SMALL_VOCODER = VocoderConfig(base=16, mel_mean=-3.9, mel_std=1.0)
 SMALL_DISCRIMINATOR = DiscriminatorConfig(max_channels=256)
-FREE = ("out", "device", "threads", "workers", "log_every", "eval_every", "save_every")  # may differ on resume
+FREE = ("out", "device", "cache", "threads", "workers", "log_every", "eval_every", "save_every")  # may differ on resume
 
 
 # ---- The skeleton
@@ -281,52 +285,95 @@ def train_vocoder(args):
 
 @dataclass
 class PairBatches:
-    """Clips of the world, drawn fresh and encoded: [step] -> [latents (batch, T, C, H, W), mel (batch, M, L)].
+    """Windows of clips: [step] -> [latents (batch, T, C, H, W), mel (batch, M, L)] and, of the first `negatives`, the
+    picture and the sound cut `shift` (from, to; s) earlier or later. 18 frames go with the first 112 mel frames (P).
 
-    18 frames go with the first 112 mel frames of their 1.8 s (P)."""
+    clips: files of a latent cache; without them clips of the worlds are drawn fresh and encoded with `vae_path`."""
 
     batch: int
     seed: int
-    vae_path: str
     config: CMMDConfig
     front: VocoderConfig
+    vae_path: str
+    clips: tuple = ()
+    negatives: int = 0
+    shift: tuple = (0.1, 0.4)
 
     def __post_init__(self):
         self.vae = None  # loaded by the process that draws the batches
 
     def __getitem__(self, step):
-        self.vae = self.vae or vae.load(self.vae_path)
-        c = self.config
+        c, rng = self.config, np.random.default_rng([self.seed, step])
+        chosen = rng.integers(0, max(1, len(self.clips)), self.batch)
+        clips = [open_encoded(self.clips[i]) for i in chosen] if self.clips else self.draw(step)
+        seconds, windows = c.frames / c.fps, []
+        for i, clip in enumerate(clips):
+            k = int(rng.integers(0, clip.T - c.frames + 1))
+            moves = [0.0, 0.0] + ([self.move(rng, k, clip) for _ in range(2)] if i < self.negatives else [])
+            pictures = [clip.picture(k + round(move * clip.fps), c.frames) for move in moves[::2]]
+            windows.append((pictures, [clip.sound(k / clip.fps + move, seconds) for move in moves[1::2]]))
+        out = []
+        for which in range(2 if self.negatives else 1):  # as they are, shifted
+            rows = windows[: self.negatives] if which else windows
+            waves = torch.stack([sounds[which] for _, sounds in rows])
+            out += [torch.stack([pictures[which] for pictures, _ in rows]), normalised_mel(waves, c, self.front)]
+        return out
+
+    def move(self, rng, k, clip):
+        """Seconds, within `shift`, by which the window at frame k may be cut earlier or later, where the clip goes on."""
+        (low, high), room = self.shift, (k / clip.fps, (clip.T - self.config.frames - k) / clip.fps)
+        sides = [sign * min(high, space) for sign, space in zip((-1, 1), room) if space > low - 1e-6]
+        side = sides[rng.integers(len(sides))]
+        return math.copysign(rng.uniform(min(low, abs(side)), abs(side)), side)
+
+    def draw(self, step):
+        """This step's clips of the worlds, long enough to be shifted -> EncodedClips."""
+        self.vae, c = self.vae or vae.load(self.vae_path), self.config
+        seconds = c.frames / c.fps + (2 * self.shift[1] if self.negatives else 0)
         seeds = [clip_seed(self.seed, step, i, self.batch) for i in range(self.batch)]
-        clips = [bounce(s, c.frames / c.fps, c.fps, c.size, c.sample_rate) for s in seeds]
-        return encode_clips(clips, self.vae, c, self.front)
+        return encode_clips([bounce(s, seconds, c.fps, c.size, c.sample_rate) for s in seeds], self.vae)
 
 
-def encode_clips(clips, autoencoder, config, front):
-    """World clips -> [latents (B, T, C, H, W), normalised mel (B, M, L)]."""
+def normalised_mel(waves, config, front):
+    """Waves (B, S) -> normalised mel (B, M, L)."""
+    return (log_mel(waves, front) - config.mel_mean) / config.mel_std
+
+
+def encode_clips(clips, autoencoder):
+    """World clips -> EncodedClips in memory, all encoded at once."""
     latents = autoencoder.encode(to_frames(np.stack([clip.video for clip in clips])))
-    mel = log_mel(torch.from_numpy(np.stack([clip.audio for clip in clips])), front)
-    return [latents, (mel - config.mel_mean) / config.mel_std]
+    waves = torch.from_numpy(np.stack([clip.audio for clip in clips])) * 32767
+    return [EncodedClip(x, y, len(x), clip.fps, clip.sample_rate) for x, y, clip in zip(latents, waves, clips)]
 
 
 def train_cmmd(args):
-    """The joint model (Eq. 2): --first-lesson steps with one side clean, then the mixture (both ours)."""
+    """The joint model (Eq. 2): --first-lesson steps with one side clean, then the mixture (both ours); with --eta the
+    joint contrastive loss (Eq. 6), with --margin its bounded form."""
     autoencoder, front = vae.load(args.vae), SMALL_VOCODER
     model = initial(CMMD, lambda path: load(path, CMMD), default_config(autoencoder, front, args.seed), args)
     config = model.config
     state = State({"cmmd": model}, "cmmd", args)
 
-    def losses(model, latents, mel, times):
-        noise = torch.randn_like(latents), torch.randn_like(mel)
-        return joint_loss(model, latents, mel, *(t.to(latents.device) for t in times), *noise)
-
     def update(state, batch):
-        loss = losses(model, *batch, draw_times(len(batch[0]), state.step < args.first_lesson, args.shares))
-        state.descend("cmmd", loss.sum(dim=1).mean())
-        return {"video": loss[:, 0].mean().detach(), "audio": loss[:, 1].mean().detach()}
+        pair, shifted = batch[:2], batch[2:] or [x[:0] for x in batch]
+        times = [t.to(pair[0].device) for t in draw_times(len(pair[0]), state.step < args.first_lesson, args.shares)]
+        noise = [torch.randn_like(x) for x in pair]
+        wrong = [draw_negatives(x[: len(y)], y, x.roll(1, 0)[: len(y)], dim, args.kinds)
+                 for x, y, dim in zip(pair, shifted, (1, 2)) if len(y)] or shifted
+        loss = contrastive_loss(model, pair, times, noise, wrong, args.eta, args.margin)
+        state.descend("cmmd", loss.total)
+        parts = {"video": loss.positive[:, 0], "audio": loss.positive[:, 1], "wrong_audio": loss.wrong_audio.sum(dim=1),
+                 "wrong_video": loss.wrong_video.sum(dim=1)}
+        return {name: x.mean().detach() for name, x in parts.items() if len(x)}
 
     clips = [bounce(VALIDATION_SEED + i, config.frames / config.fps, config.fps, config.size) for i in range(64)]
-    latents, mel = (x.to(args.device) for x in encode_clips(clips, autoencoder, config, front))
+    encoded = encode_clips(clips, autoencoder)
+    latents = torch.stack([clip.picture(0, config.frames) for clip in encoded]).to(args.device)
+    mel = normalised_mel(torch.stack([clip.sound(0, config.frames / config.fps) for clip in encoded]), config, front)
+    mel = mel.to(args.device)
+
+    def losses(model, latents, mel, times):
+        return joint_loss(model, latents, mel, *times, torch.randn_like(latents), torch.randn_like(mel))
 
     def evaluate(ema):
         """Onset F1 and pitch of sounds for held-out clips; each side's loss at t = 0.95, the other clean or wrong."""
@@ -340,7 +387,28 @@ def train_cmmd(args):
                 figures["audio" + name] = float(losses(ema, other[0], mel, (zero, high))[:, 1].mean())
         return figures
 
-    return run(state, PairBatches(args.batch, args.seed, args.vae, config, front), update, evaluate, args)
+    negatives = round(args.negatives * args.batch) if args.eta else 0
+    files = cached_clips(args, autoencoder, config) if args.clips else ()
+    batches = PairBatches(args.batch, args.seed, config, front, args.vae, files, negatives, tuple(args.shift))
+    return run(state, batches, update, evaluate, args)
+
+
+def cached_clips(args, autoencoder, config):
+    """--clips clips of the world, encoded once into the cache of --out or found there -> their files."""
+    folder = Path(args.cache or Path(args.out) / "cache")
+    folder.mkdir(parents=True, exist_ok=True)
+    seconds = config.frames / config.fps + 2 * args.shift[1]
+    weights = b"".join(w.cpu().numpy().tobytes() for w in autoencoder.state_dict().values())
+    kind = f"{seconds:g}s-{hashlib.sha256(weights).hexdigest()[:8]}"  # what another cache would differ in
+    files = [folder / f"bounce-{TRAINING_SEED + i}-{kind}.safetensors" for i in range(args.clips)]
+    for i in range(0, len(files), 16):
+        if missing := [file for file in files[i : i + 16] if not file.exists()]:
+            seeds = [int(file.stem.split("-")[1]) for file in missing]
+            clips = [bounce(seed, seconds, config.fps, config.size, config.sample_rate) for seed in seeds]
+            for file, clip, code in zip(missing, clips, encode_clips(clips, autoencoder)):
+                write_encoded(file, code.latents, clip.audio, clip.fps, clip.sample_rate)
+            print(f"encoded {i + len(missing)} of {len(files)} clips", flush=True)
+    return tuple(map(str, files))
 
 
 def default_config(autoencoder, front, seed):
@@ -424,6 +492,14 @@ def arguments(argv):
         if name == "cmmd":
             task.add_argument("--vae", required=True, help="weights of the autoencoder")
             task.add_argument("--first-lesson", type=int, default=400, help="steps with one side clean")
+            task.add_argument("--clips", type=int, default=0, help="draw so many once and cut them; 0: always fresh")
+            task.add_argument("--cache", help="folder of those clips (default: OUT/cache)")
+            task.add_argument("--eta", type=float, default=0.0, help="weight of the contrastive terms of Eq. 6; 0: none")
+            task.add_argument("--margin", type=float, help="bound them: a negative worse by this much is left alone")
+            task.add_argument("--negatives", type=float, default=0.25, help="share of the batch that has them")
+            task.add_argument("--kinds", type=float, nargs=3, default=(1, 1, 1), metavar="P", help="shares of the "
+                              "negatives: shift, splice, swap")
+            task.add_argument("--shift", type=float, nargs=2, default=(0.1, 0.4), metavar="S", help="s, from and to")
             task.add_argument("--shares", type=float, nargs=4, default=(0.2, 0.1, 0.5, 0.2), metavar="P",
                               help="then, shares of: one t, two, clean video, clean audio")
     return parser.parse_args(argv)
