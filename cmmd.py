@@ -18,6 +18,7 @@ import os
 import tempfile
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from itertools import repeat
 from pathlib import Path
 
 import torch
@@ -564,13 +565,14 @@ def generate(model, video=None, audio=None, frames=None, *, steps=6, condition="
         raise ValueError(f"generate needs at least one frame and one seed a sample; got {T} frames, {len(seeds)} seeds")
     windows = Windows(T, config, stride, window_batch)
     L = mel_frames(T, config) if given != 1 else known.shape[2]
-    if known is not None:
-        known = windows.lengthen(known, given)
     shapes = (windows.T, config.latent_channels, H, W), (config.mel_bins, windows.L)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     draw = lambda side: torch.stack([torch.randn(shapes[side], generator=g) for g in generators]).to(device)
-    x = integrate(_predictor(model, windows, known, given, condition, guidance), [draw(0), draw(1)], given,
-                  steps, sampler, stochasticity, draw, progress)
+    noise = [draw(0), draw(1)]
+    if given is not None and condition == "clean" and not guidance:
+        noise[given] = None  # drawn so that the generators go on alike, then never seen
+    x = integrate(_predictor(model, windows, known, given, condition, guidance), noise, given, steps, sampler,
+                  stochasticity, draw, progress)
     if given is not None:
         x[given] = known
     return x[0][:, :T], x[1][:, :, :L]
@@ -596,21 +598,33 @@ def _check_request(video, audio, steps, condition, sampler, stochasticity):
 def integrate(predict, noise, given, steps, sampler="ddim", stochasticity=0.0, draw=None, progress=None):
     """From pure noise at t = 1 down to t = 0 in equal steps -> [video, audio].
 
-    predict(x, t, noise) -> [video, audio], the predicted clean data; predict itself supplies the side `given`."""
+    predict(x, t, noise) -> [video, audio], the predicted clean data; predict itself supplies the side `given`, of which
+    x, noise and the prediction may be None."""
     x, before = list(noise), None
     for i in range(steps):
         t, t_next = 1 - i / steps, 1 - (i + 1) / steps
         x_0 = predict(x, t, noise)
         for side in {0, 1} - {given}:
             if sampler == "dpm":
-                x[side] = dpm_step(x[side], x_0[side], before and before[side], t, t_next, 1 / steps)
+                step = lambda x, x_0, last: dpm_step(x, x_0, last, t, t_next, 1 / steps)
+                x[side] = in_pieces(step, x[side], x_0[side], before and before[side])
             else:
-                fresh = draw(side) if stochasticity else 0.0
-                x[side] = ddim_step(x[side], x_0[side], t, t_next, stochasticity, fresh)
-        before = x_0
+                step = lambda x, x_0, fresh: ddim_step(x, x_0, t, t_next, stochasticity, fresh)
+                x[side] = in_pieces(step, x[side], x_0[side], draw(side) if stochasticity else 0.0)
+        before = x_0 if sampler == "dpm" else None
         if progress:
             progress(i + 1, steps)
     return x
+
+
+def in_pieces(function, *xs, size=2**18):
+    """function(*xs), elementwise in those of xs that are tensors, all of one shape: `size` elements at a time, so that
+    what it makes on the way takes no memory that grows with the clip."""
+    out = torch.empty(xs[0].shape, dtype=xs[0].dtype, device=xs[0].device)
+    pieces = [x.reshape(-1).split(size) if isinstance(x, torch.Tensor) else repeat(x) for x in xs]
+    for into, *parts in zip(out.view(-1).split(size), *pieces):
+        into.copy_(function(*parts))
+    return out
 
 
 def ddim_step(x_t, x_0, t, t_next, stochasticity=0.0, fresh=0.0):
@@ -632,10 +646,12 @@ def dpm_step(x_t, x_0, x_0_before, t, t_next, dt):
 
 def _predictor(model, windows, known, given, condition, guidance):
     """How the given side enters, as a function predict(x, t, noise) -> [video, audio] clean, for `integrate`."""
+    known = None if given is None else windows.lengthen(known, given)
 
     def at(x, times):
-        out = windows.velocities(model, x, times)
-        return [denoise(x[side], out[side], times[side])[0] for side in (0, 1)]
+        out = windows.velocities(model, x, times, given)
+        clean = lambda x_t, v, t: denoise(x_t, v, t)[0]
+        return [None if v is None else in_pieces(clean, x_t, v, t) for x_t, v, t in zip(x, out, times)]
 
     def joint(x, t, noise):
         return at(x, [t, t])
@@ -647,7 +663,8 @@ def _predictor(model, windows, known, given, condition, guidance):
         if not guidance:
             return seeing
         x[given], times[given] = noise[given], 1.0
-        return [s + guidance * (s - blind) for s, blind in zip(seeing, at(x, times))]
+        push = lambda s, blind: s + guidance * (s - blind)
+        return [None if s is None else in_pieces(push, s, blind) for s, blind in zip(seeing, at(x, times))]
 
     def replace(x, t, noise):
         x = list(x)
@@ -714,14 +731,15 @@ class Windows:
             share = self.weights[side][w].to(part) if weighted else torch.ones(n).to(part)
             canvas[b].narrow(side, start, n).add_(part * (share[:, None, None, None] if side == 0 else share))
 
-    def velocities(self, model, x, times):
-        """The model over the windows of x = [video, audio] at two noise levels -> velocities of the canvas's shapes."""
-        out = [torch.zeros_like(x[0]), torch.zeros_like(x[1])]
+    def velocities(self, model, x, times, given=None):
+        """The model over the windows of x = [video, audio] at two noise levels -> velocities of the canvas's shapes,
+        None for the side `given`."""
+        out = [None if side == given else torch.zeros_like(x[side]) for side in (0, 1)]
         for pairs in self.batches(len(x[0])):
             with fast_autocast(x[0].device):
                 t = [torch.full((len(pairs),), float(t), device=x[0].device) for t in times]
                 parts = model(self.cut(x[0], 0, pairs), self.cut(x[1], 1, pairs), *t)
-            for side in (0, 1):
+            for side in {0, 1} - {given}:
                 self.paste(out[side], parts[side], side, pairs)
         return out
 

@@ -89,12 +89,13 @@ def sample(video=None, audio=None, *, seconds=None, fps=None, sample_rate=None, 
     else:
         seconds = 1.8 if seconds is None else seconds
     T = len(frames) if frames is not None else max(1, math.ceil(seconds * config.fps - 0.01))
-    made, made_mel = generate(model, latents, mel, T, steps=steps, condition=condition, guidance=guidance,
+    made, mel = generate(model, latents, mel, T, steps=steps, condition=condition, guidance=guidance,
                               stochasticity=stochasticity, seeds=(seed,), progress=lambda *a: tell("making", *a))
     if frames is None:
-        frames = _decode_frames(models.vae, made.detach(), tell)
+        drawn = (to_uint8(models.vae.decode(part)[0]) for part in made.split(CHUNK, 1))  # (1, n, C, H, W) -> (n, ...)
+        frames = _on_disk(drawn, config.size, lambda done: tell("drawing", done, T))
     if wave is None:
-        wave = models.vocoder.decode(model.denormalise(made_mel.detach()))[0]
+        wave = models.vocoder.decode(model.denormalise(mel))[0]
         wave = wave[: max(1, round(seconds * config.sample_rate))].cpu().numpy()
     source = Path(video) if isinstance(video, (str, os.PathLike)) else None
     return Clip(frames, wave, config.fps, config.sample_rate, source)
@@ -164,14 +165,26 @@ def _video_input(video, fps, seconds, models, tell):
         whole = min(chunks.seconds or 0.0, seconds or math.inf)
     else:
         chunks, whole = _array_chunks(video, fps, seconds, config)
-    frames, latents, done = bytearray(), [], 0  # one growing buffer: frames are never held twice
-    for part in chunks:
+    latents = []
+
+    def encode(part):
         latents.append(models.vae.encode(to_frames(part.copy())[None].to(device)).cpu())  # (1, n, C, H, W)
-        frames += part.tobytes()
-        done += len(part)
-        tell("reading", done, max(done, round(whole * config.fps)))
-    frames = np.frombuffer(frames, np.uint8).reshape(done, config.size, config.size, 3)
+        return part
+
+    frames = _on_disk(map(encode, chunks), config.size,
+                      lambda done: tell("reading", done, max(done, round(whole * config.fps))))
     return frames, torch.cat(latents, 1).to(device), getattr(chunks, "seconds", whole)
+
+
+def _on_disk(chunks, size, tell):
+    """Chunks of frames uint8 (n, size, size, 3) -> all of them (T, size, size, 3), in a temporary file without a name,
+    so that they take no memory before somebody looks at them. tell(T so far) is called after each chunk."""
+    with tempfile.TemporaryFile() as file:
+        for part in chunks:
+            file.write(part)
+            tell(file.tell() // (size * size * 3))
+        file.flush()
+        return np.memmap(file, np.uint8, "c").reshape(-1, size, size, 3)  # changes to it stay in memory
 
 
 def _array_chunks(video, fps, seconds, config):
@@ -230,15 +243,6 @@ def _array_wave(audio, sample_rate, wanted):
     with tempfile.TemporaryDirectory() as folder:
         soundfile.write(Path(folder) / "a.wav", wave, round(sample_rate), subtype="FLOAT")
         return data.read_audio(Path(folder) / "a.wav", wanted)
-
-
-def _decode_frames(vae, latents, tell):
-    """Latents (1, T, C, H, W) -> frames uint8 (T, size, size, 3), a chunk at a time."""
-    frames = []
-    for k in range(0, latents.shape[1], CHUNK):
-        frames.append(to_uint8(vae.decode(latents[:, k : k + CHUNK])[0]))  # (n, size, size, 3)
-        tell("drawing", min(k + CHUNK, latents.shape[1]), latents.shape[1])
-    return np.concatenate(frames)
 
 
 # ---- The picture

@@ -479,6 +479,34 @@ def test_cmmd_gradient_of_eq_3_equals_finite_differences(full_precision, given, 
         torch.testing.assert_close(x_0[side], denoise(x[side], velocities[side], 0.6)[0], rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_cmmd_in_pieces_equals_the_whole(size):
+    x, y = noise(2, 5, 9), noise(2, 5, 9, seed=1)
+    for settings in ((0.5, 0.25), (0.5, 0.25, 0.6, noise(2, 5, 9, seed=2))):
+        fresh = settings[3] if settings[3:] else 0.0
+        step = lambda a, b, c: cmmd.ddim_step(a, b, *settings[:3], c)
+        made = cmmd.in_pieces(step, x, y, fresh, size=size)
+        assert torch.equal(made, cmmd.ddim_step(x, y, *settings))
+
+
+def test_cmmd_generate_asks_nothing_of_a_given_side_but_what_it_needs(full_precision, monkeypatch):
+    """Long clips need the memory: without guidance no noise and no prediction of the side that is given."""
+    model, video, seen = tiny_model(), noise(1, 40, 4, 4, 4), []
+    integrate = cmmd.integrate
+
+    def watched(predict, start, given, *rest):
+        watch = lambda *a: seen.append([x is None for x in made]) or made if (made := predict(*a)) else None
+        seen.append([x is None for x in start])
+        return integrate(watch, start, given, *rest)
+
+    monkeypatch.setattr(cmmd, "integrate", watched)
+    plain = generate(model, video, steps=1)
+    assert seen == [[True, False], [True, False]] and torch.equal(plain[0], video)
+    guided = generate(model, video, steps=1, guidance=1e-12)
+    assert seen[2:] == [[False, False], [True, False]]
+    torch.testing.assert_close(guided[1], plain[1], rtol=0, atol=1e-5)  # the same noise for the sound
+
+
 # ==== vae
 
 
@@ -1639,6 +1667,15 @@ def test_sample_without_arguments_runs_the_demonstration(tmp_path, models, monke
     assert decode_png(Path("demo.png")).shape[1] == 960
 
 
+def test_sample_frames_wait_in_a_file_and_may_be_changed(tmp_path, models):
+    data.write_clip(tmp_path / "in.mp4", moving_square(100, 25), fps=25)
+    clip, again = (sample(tmp_path / "in.mp4", models=models, steps=1) for _ in range(2))
+    assert isinstance(clip.video, np.memmap) and np.array_equal(clip.video, data.read_video(tmp_path / "in.mp4"))
+    clip.video[:] = 7
+    assert (clip.video == 7).all() and not (again.video == 7).all()
+    assert isinstance(sample(seconds=1.0, models=models, steps=1).video, np.memmap)
+
+
 @pytest.mark.skipif(not (SHARED / "clips").is_dir(), reason="needs the real media of ../shared/data")
 @pytest.mark.parametrize("folder", ["clips", "awkward"])
 def test_sample_real_files_get_a_sound_or_one_line(tmp_path, models, folder):
@@ -2021,6 +2058,16 @@ def test_weights_keep_held_out_frames_and_sounds(trained):
     assert abs(normal.mean()) < 0.3 and 0.7 < normal.std() < 1.3
     ours, others = (mel_loss(x, waves, trained.vocoder.config) for x in (trained.vocoder.decode(mel), waves.roll(1, 0)))
     assert ours < 0.6 and ours < others / 2
+
+
+@shipped
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
+def test_weights_memory_is_flat_in_length(tmp_path):
+    words = ["speed", "--seconds", "10", "300", "--steps", "1", "--device", "cpu", "--out", tmp_path / "speed.json"]
+    command(sys.executable, REPO / "evaluate.py", *words, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    short, long = (row["peak_mib"] for row in json.loads((tmp_path / "speed.json").read_text())["rows"])
+    assert long < 1.1 * short < 1500
 
 
 @shipped
