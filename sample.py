@@ -181,7 +181,7 @@ def _on_disk(chunks, size, tell):
     so that they take no memory before somebody looks at them. tell(T so far) is called after each chunk."""
     with tempfile.TemporaryFile() as file:
         for part in chunks:
-            file.write(part)
+            file.write(np.ascontiguousarray(part))
             tell(file.tell() // (size * size * 3))
         file.flush()
         return np.memmap(file, np.uint8, "c").reshape(-1, size, size, 3)  # changes to it stay in memory
