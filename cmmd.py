@@ -167,16 +167,16 @@ class Parser(argparse.ArgumentParser):
             print(f"{self.prog}: {' '.join(str(error).split())}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
-            return 130
+            raise SystemExit(130) from None
 
 
-def number(low=-math.inf, high=math.inf, kind=float):
-    """A `type` for Parser.add_argument: a finite number of `kind` from low to high, the ends included."""
+def number(low=-1e9, high=1e9, kind=float):
+    """A `type` for Parser.add_argument: a number of `kind` from low to high, the ends included, so never NaN."""
 
     def read(text):
         value = kind(text)
-        if not (math.isfinite(value) and low <= value <= high):
-            raise argparse.ArgumentTypeError(f"{text} is not a number from {low:g} to {high:g}")
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is no number from {low:g} to {high:g}")
         return value
 
     read.__name__ = "number" if kind is float else "whole number"  # for what is none at all

@@ -13,6 +13,7 @@
 Oracles wherever possible: closed forms, independent implementations, models that know the answer. None needs a network.
 """
 
+import base64
 import json
 import math
 import os
@@ -152,6 +153,40 @@ def test_cmmd_load_says_what_is_wrong(tmp_path, spoil, says):
     with pytest.raises(ValueError, match=says) as error:
         cmmd.load(path, CMMD)
     one_line(error, path)
+
+
+@pytest.mark.parametrize("words, says", [
+    ([], "tool: the following"), (["go"], "tool go: the following"), (["go", "--steps"], "expected one"),
+    (["go", "--steps", "x", "1"], "whole number"), (["go", "--steps", "0", "1"], "from 1"),
+    (["go", "--seed", "-1", "1"], "--seed"), (["go", "--seed", "9" * 400, "1"], "--seed"),
+    (["go", "nan"], "no number"), (["go", "1e400"], "no number"), (["go", "1", "two"], "unrecognized")])
+def test_cmmd_parser_refuses_in_one_line(capsys, words, says):
+    parser = cmmd.Parser(prog="tool")
+    command = parser.add_subparsers(required=True, metavar="go").add_parser("go")
+    command.add_argument("x", type=cmmd.number())
+    command.add_argument("--steps", type=cmmd.number(1, kind=int))
+    command.add_argument("--seed", type=cmmd.SEED)
+    with pytest.raises(SystemExit) as stopped:
+        parser.parse_args(words)
+    out, err = capsys.readouterr()
+    assert stopped.value.code == 2 and not out and err.count("\n") == 1 and err.startswith("tool") and says in err, err
+    args = parser.parse_args(["go", "-0.5", "--steps", "1", "--seed", str(2**63 - 1)])
+    assert (args.x, args.steps, args.seed) == (-0.5, 1, 2**63 - 1)
+
+
+def test_cmmd_parser_runs_and_tells_what_went_wrong(capsys):
+    parser, status = cmmd.Parser(prog="tool"), {}
+    for error in (ValueError("a\nb"), OSError("disk"), KeyboardInterrupt()):
+        def fail(error):
+            raise error
+        try:
+            status[str(error)] = parser.run(fail, error)
+        except SystemExit as stopped:
+            status[str(error)] = stopped.code
+    assert status == {"a\nb": 2, "disk": 2, "": 130} and capsys.readouterr().err == "tool: a b\ntool: disk\n"
+    assert parser.run(lambda: None) == 0 and parser.run(lambda x: x, 2) == 2
+    with pytest.raises(KeyError):  # our own bugs keep their tracebacks
+        parser.run({}.__getitem__, 1)
 
 
 # ==== cmmd: schedule
@@ -1101,6 +1136,16 @@ def test_vocoder_convert_command(tmp_path):
     assert vocoder_module.load(tmp_path / "ours.safetensors").config.base == 4
 
 
+@pytest.mark.parametrize("module", [vae_module, vocoder_module])
+@pytest.mark.parametrize("words, says", [
+    ([], "following"), (["convert"], "IN"), (["convert", "a", "b.safetensors", "--hope"], "--hope")])
+def test_vocoder_and_vae_command_lines_refuse_in_one_line(capsys, module, words, says):
+    with pytest.raises(SystemExit) as stopped:
+        module.main(words)
+    out, err = capsys.readouterr()
+    assert stopped.value.code == 2 and not out and err.count("\n") == 1 and says in err, err
+
+
 # ==== data: media
 
 
@@ -1677,6 +1722,99 @@ def test_sample_frames_wait_in_a_file_and_may_be_changed(tmp_path, models):
     assert isinstance(sample(seconds=1.0, models=models, steps=1).video, np.memmap)
 
 
+@pytest.mark.parametrize("given, says", [
+    (dict(guidance=math.nan), "guidance"), (dict(guidance=math.inf), "guidance"), (dict(seed=-1), "seed"),
+    (dict(seed=2**63), "seed"), (dict(seed=1.0), "seed"), (dict(seconds=math.nan), "seconds"),
+    (dict(seconds=None, video=moving_square(3, 10), fps=math.nan), "fps"),
+    (dict(seconds=None, video=moving_square(3, 10), fps=math.inf), "fps"),
+    (dict(seconds=None, audio=np.zeros((2, 1600)), sample_rate=16000), "channels")])
+def test_sample_odd_numbers_are_refused(models, given, says):
+    with pytest.raises(ValueError, match=says) as error:
+        sample(models=models, **{"seconds": 1.0} | given)
+    assert "\n" not in str(error.value)
+
+
+def test_sample_takes_tensors_of_pictures_and_waves(models):
+    video, wave = torch.from_numpy(moving_square(12, 10)), torch.sin(torch.arange(16000) / 9)
+    plain = sample(video.numpy(), fps=10, models=models, steps=1)
+    for x in (video, video.float() / 255, (video.double() / 255).requires_grad_()):
+        clip = sample(x, fps=10, models=models, steps=1)
+        assert np.array_equal(clip.video, plain.video) and np.abs(clip.audio - plain.audio).max() < 1e-4
+    plain = sample(audio=wave.numpy(), sample_rate=16000, models=models, steps=1)
+    for x in (wave, wave[:, None].expand(-1, 2), wave.double()):
+        assert np.abs(sample(audio=x, sample_rate=16000, models=models, steps=1).audio - plain.audio).max() < 1e-6
+    assert sample(audio=wave.bfloat16(), sample_rate=16000, models=models, steps=1).audio.shape == (16000,)
+
+
+def test_sample_of_a_list_is_a_list_of_clips_as_if_alone(tmp_path, models, capfd):
+    data.write_clip(tmp_path / "a.mp4", moving_square(9, 10))
+    given = [tmp_path / "a.mp4", str(tmp_path / "a.mp4")]
+    alone, clips = sample(given[0], models=models, steps=1), sample(given, models=models, steps=1)
+    assert len(clips) == 2 and all(np.array_equal(clip.audio, alone.audio) for clip in clips)
+    clips = sample([moving_square(9, 10), moving_square(5, 10)], fps=10, models=models, steps=1)
+    assert [len(clip.video) for clip in clips] == [9, 5] and sample(audio=[], models=models) == []
+    assert [len(c.audio) for c in sample(audio=[np.ones(99), np.ones(5000)], sample_rate=16000, models=models)] == [
+        99, 5000]
+    assert capfd.readouterr() == ("", "")  # nothing is printed unless asked for
+
+
+def test_sample_clip_shows_itself_in_a_notebook(tmp_path, models):
+    data.write_clip(tmp_path / "a.mp4", moving_square(10, 10, 96))
+    clip = sample(tmp_path / "a.mp4", models=models, steps=1)
+    for size, source in ((96, clip.source), (64, None), (64, tmp_path / "gone.mp4")):
+        page = clip._replace(source=source)._repr_html_()
+        assert page.startswith("<video controls") and page.endswith("</video>")
+        content = page.split("base64,")[1].split('"')[0]
+        (tmp_path / "shown.mp4").write_bytes(base64.b64decode(content, validate=True))
+        assert f" {size}x{size}" in data._first_frame(tmp_path / "shown.mp4", "v")
+        assert abs(len(data.read_audio(tmp_path / "shown.mp4")) - 16000) < 320
+
+
+def run_sample(capsys, *words):
+    """The command line -> exit status, lines printed, lines of errors."""
+    status = sampling.main([str(word) for word in words])
+    out, err = capsys.readouterr()
+    return status, out.splitlines(), err.splitlines()
+
+
+def test_sample_several_files_go_into_a_folder_and_failures_do_not_stop(tmp_path, weights, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.mp4", "b.mkv", "d.mp4"):
+        data.write_clip(name, moving_square(5, 10))
+    Path("c.mp4").write_text("this is no video\n" * 9)
+    words = ("a.mp4", "c.mp4", "b.mkv", "none.mp4", "--weights", weights, "--steps", 1, "-o", "out")
+    status, out, err = run_sample(capsys, *words)
+    assert status == 2 and out == ["out/a-cmmd.mp4: 0.5 s", "out/b-cmmd.mp4: 0.5 s"]
+    assert len(err) == 2 and "c.mp4" in err[0] and "none.mp4" in err[1]
+    assert sorted(p.name for p in Path("out").iterdir()) == ["a-cmmd.mp4", "b-cmmd.mp4"]
+    before = Path("out/a-cmmd.mp4").stat().st_mtime_ns
+    status, out, err = run_sample(capsys, "a.mp4", "d.mp4", *words[4:], "--skip-existing")
+    assert status == 0 and not err and out == ["out/a-cmmd.mp4: is already there", "out/d-cmmd.mp4: 0.5 s"]
+    assert Path("out/a-cmmd.mp4").stat().st_mtime_ns == before
+    assert run_sample(capsys, "a.mp4", *words[4:-1], "out")[1] == ["out/a-cmmd.mp4: 0.5 s"]  # one file, into a folder
+    Path("sub").mkdir()
+    for bad, says in ((["a.mp4", "b.mkv", "-o", "new.mp4"], "folder"), (["a.mp4", "sub/a.mov", "-o", "out"], "several"),
+                      (["a.mp4", "b.mkv", "-o", "no/out"], "no/out"), (["a.mp4", "b.mkv", "-o", "a.mp4"], "folder")):
+        status, out, err = run_sample(capsys, *bad, "--weights", weights)
+        assert status == 2 and not out and len(err) == 1 and says in err[0]
+
+
+def test_sample_ranks_share_the_files(tmp_path, weights, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = [f"{n}.mp4" for n in range(5)]
+    for name in names:
+        data.write_clip(name, moving_square(3, 10))
+    made = []
+    for rank in range(3):
+        for name, value in (("RANK", rank), ("WORLD_SIZE", 3), ("LOCAL_RANK", rank)):
+            monkeypatch.setenv(name, str(value))
+        words = ("-o", "out", "--weights", weights, "--steps", 1, "--device", "cpu")
+        status, out, err = run_sample(capsys, *names, *words)
+        assert status == 0 and not err
+        made.append([line.split("/")[1][0] for line in out])
+    assert made == [["0", "3"], ["1", "4"], ["2"]] and len(list(Path("out").iterdir())) == 5
+
+
 @pytest.mark.skipif(not (SHARED / "clips").is_dir(), reason="needs the real media of ../shared/data")
 @pytest.mark.parametrize("folder", ["clips", "awkward"])
 def test_sample_real_files_get_a_sound_or_one_line(tmp_path, models, folder):
@@ -1769,6 +1907,18 @@ def test_train_command_line_refuses_in_one_line(tmp_path, monkeypatch, capsys, w
     assert train.main([words[0], "--out", "out", *words[1:], "--workers", "0"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and says in error and not list(tmp_path.rglob("*.safetensors")), error
+
+
+@pytest.mark.parametrize("words, says", [
+    ([], "train.py: the following"), (["fly"], "train.py: argument"), (["cmmd"], "train.py cmmd: the following"),
+    (["vae", "--out", "o", "--steps", "x"], "train.py vae: argument --steps"),
+    (["vae", "--out", "o", "--lr", "nan"], "--lr"), (["vae", "--out", "o", "--seed", "-1"], "--seed"),
+    (["vae", "--out", "o", "--config", "[1]"], "--config"), (["vae", "--out", "o", "--hope"], "--hope")])
+def test_train_parser_refuses_in_one_line(capsys, words, says):
+    with pytest.raises(SystemExit) as stopped:
+        train.main(words)
+    out, err = capsys.readouterr()
+    assert stopped.value.code == 2 and not out and err.count("\n") == 1 and says in err, err
 
 
 def test_train_learning_rate_warms_up_and_comes_down():

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import cmmd
-from cmmd import fast_autocast, fit_tensors, read_tensors, zeroed
+from cmmd import fast_autocast, fit_tensors, number, read_tensors, zeroed
 
 
 @dataclass(frozen=True)
@@ -393,7 +393,7 @@ def _sizes(tensors, theirs):
 
 def main(argv=None):
     """The command line: `python vae.py convert IN OUT.safetensors`. Exit status 2 and one line for bad input."""
-    options = {"scale": (float, "of IN's latents (0.18215)"), "shift": (float, "of IN's latents (0)"),
+    options = {"scale": (number(), "of IN's latents (0.18215)"), "shift": (number(), "of IN's latents (0)"),
                "groups": (int, "of IN's GroupNorms (32, or what its widths share with 32)")}
     return cmmd.convert("vae.py", load, options, argv)
 

@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 import cmmd
-from cmmd import first_few, fit_tensors, read_tensors
+from cmmd import first_few, fit_tensors, number, read_tensors
 
 FLOOR = 1e-5  # magnitudes below it count as silence: log10 -> -5
 SLOPE = 0.2  # of every leaky ReLU
@@ -441,7 +441,7 @@ def main(argv=None):
     """The command line: `python vocoder.py convert IN OUT.safetensors`. Exit status 2 and one line for bad input."""
     text = "the mel that IN was trained on, {}".format
     options = {"sample_rate": (int, text("Hz (22050)")), "n_fft": (int, text("samples (1024)")),
-               "f_min": (float, text("Hz (0)")), "f_max": (float, text("Hz (half the sample rate)"))}
+               "f_min": (number(), text("Hz (0)")), "f_max": (number(), text("Hz (half the sample rate)"))}
     return cmmd.convert("vocoder.py", load, options, argv)
 
 
