@@ -2133,7 +2133,9 @@ def test_packaging_only_the_package_lands(installed):
     metadata = (site / f"cmmd-{cmmd.__version__}.dist-info" / "METADATA").read_text()
     needs = [line.split(": ")[1] for line in metadata.splitlines() if line.startswith("Requires-Dist")]
     needs = [line for line in needs if "extra ==" not in line]
-    assert {name.split(">")[0] for name in needs} == {"torch", "numpy", "soundfile", "imageio[ffmpeg]", "safetensors"}
+    assert {name.split(">")[0] for name in needs} == {
+        "torch", "numpy", "soundfile", "imageio[ffmpeg]", "imageio-ffmpeg", "safetensors"}
+    assert "imageio-ffmpeg>=0.6" in needs  # 0.5.1 still brings ffmpeg 4.2, without -fps_mode
 
 
 def test_packaging_works_beside_a_users_own_files(installed, tmp_path, weights):
