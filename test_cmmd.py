@@ -2135,7 +2135,7 @@ def test_packaging_only_the_package_lands(installed):
     needs = [line for line in needs if "extra ==" not in line]
     assert {name.split(">")[0] for name in needs} == {
         "torch", "numpy", "soundfile", "imageio[ffmpeg]", "imageio-ffmpeg", "safetensors"}
-    assert "imageio-ffmpeg>=0.6" in needs  # 0.5.1 still brings ffmpeg 4.2, without -fps_mode
+    assert "imageio-ffmpeg>=0.8" in needs  # 0.5.1 brings ffmpeg 4.2, without -fps_mode; 0.7 a 7.0.2 that crashes on .ts
 
 
 def test_packaging_works_beside_a_users_own_files(installed, tmp_path, weights):
