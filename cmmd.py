@@ -1,7 +1,7 @@
 """CMMD: contrastive multi-modal diffusion for video-audio conditional modelling (Yang et al., arXiv 2312.05412).
 
 The method of the paper, over tensors: nothing here knows of files of media, frames or waves. In this order:
-  files        atomic, save, load: weights and their sizes in one safetensors file
+  files        atomic, save, load: weights and their sizes in one safetensors file; others' weights; command lines
   schedule     alpha_bar, diffuse, velocity and back                                    Sec. 2.1
   the model    CMMDConfig, blocks, EasyFusion, CMMD: two U-Nets side by side            Fig. 1
   losses       joint_loss (Eq. 2), contrastive_loss (Eq. 6), the times of a training    Sec. 2.1, 2.2
@@ -12,12 +12,17 @@ Letters: B batch, T video frames, C channels, H W latent height and width, M mel
 v-target of Salimans and Ho; `t` in [0, 1] is the noise level (the paper's n / N), 0 clean and 1 pure noise.
 """
 
+import argparse
 import json
 import math
 import os
+import re
+import sys
 import tempfile
+import zipfile
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -93,10 +98,118 @@ def load(path, cls):
     return module.eval()
 
 
+def read_tensors(path, kind, wanted=list):
+    """Somebody's weights: the tensors of a file by name, or None if it is one that `save` wrote.
+
+    It may be a safetensors file, or a pickle of nothing but tensors, also inside a training checkpoint; wanted(names)
+    chooses among them. ValueError, in one line, for any other file; `kind` ("VAE") tells what was expected."""
+    start = None
+    try:
+        with open(path, "rb") as file:
+            start = file.read(40)
+        if start[8:9] == b"{":
+            with safe_open(str(path), "pt") as file:
+                ours = "class" in (file.metadata() or {})
+                return None if ours else {name: file.get_tensor(name) for name in wanted(file.keys())}
+        content = torch.load(str(path), map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # whatever a damaged or foreign file provokes
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        reason = ("there is no such file" if isinstance(error, FileNotFoundError)
+                  else f"cannot be read ({getattr(error, 'strerror', error)})" if start is None
+                  else "empty (0 bytes)" if not start
+                  else "a Git LFS pointer, not the weights themselves" if start.startswith(b"version https://git-lfs")
+                  else f"holds a {code[1]}, which could run code; get it as .safetensors" if code
+                  else f"damaged, or of another kind ({type(error).__name__})")
+        raise ValueError(f"{path}: {reason}; expected the weights of a {kind}, .safetensors or a pickled state dict of "
+                         "tensors") from None
+    for key in ("state_dict", "generator", "model"):  # a training checkpoint around it
+        content = content[key] if isinstance(content, dict) and isinstance(content.get(key), dict) else content
+    content = content if isinstance(content, dict) else {}
+    tensors = {str(name): x for name, x in content.items() if isinstance(x, torch.Tensor)}
+    return {name.removeprefix("module."): tensors[name] for name in wanted(tensors)}
+
+
+def fit_tensors(path, tensors, names, module, kind, known):
+    """Load somebody's tensors into `module` -> module, in evaluation mode. names: theirs -> ours.
+
+    ValueError, in one line, if names or shapes differ; known: a piece of a name -> what a file with it looks like."""
+    missing, extra = [n for n in names if n not in tensors], [n for n in tensors if n not in names]
+    if missing or extra:
+        looks = [text for piece, text in known.items() if any(piece in n for n in tensors)] or ["another network"]
+        raise ValueError(f"{path}: not a {kind}'s state dict, it looks like {looks[0]}; "
+                         f"missing: {first_few(missing)}; extra: {first_few(extra)}")
+    state = module.state_dict()
+    for theirs, name in names.items():
+        x, shape = tensors[theirs], tuple(state[name].shape)
+        state[name] = x = x[..., 0, 0] if x.shape == (*shape, 1, 1) else x  # attention by 1x1 convolutions
+        if x.shape != shape:
+            raise ValueError(f"{path}: {theirs} is {tuple(x.shape)}, the other tensors imply {shape}")
+    module.to_empty(device="cpu").load_state_dict(state)
+    return module.eval()
+
+
 def first_few(names, count=4):
     """Names for an error message: the first `count`, and how many there are if that is not all."""
     names = list(names)
     return (", ".join(names[:count]) or "none") + (f", ... ({len(names)} in all)" if len(names) > count else "")
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line that refuses in one line, exit status 2; so do its subcommands."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {' '.join(message.split())} (--help tells more)\n")
+
+    def run(self, function, *arguments):
+        """function(*arguments); the exit status: what it returns or 0, or 2 after one line that says what is wrong."""
+        try:
+            return function(*arguments) or 0
+        except (ValueError, ImportError, OSError) as error:
+            print(f"{self.prog}: {' '.join(str(error).split())}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            raise SystemExit(130) from None
+
+
+def number(low=-1e9, high=1e9, kind=float):
+    """A `type` for Parser.add_argument: a number of `kind` from low to high, the ends included, so never NaN."""
+
+    def read(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is no number from {low:g} to {high:g}")
+        return value
+
+    read.__name__ = "number" if kind is float else "whole number"  # for what is none at all
+    return read
+
+
+SEED = number(0, 2**63 - 1, int)  # what a torch.Generator takes
+
+
+def convert(program, read, options, argv=None):
+    """The command line `python PROGRAM convert IN OUT.safetensors [--half]` -> exit status.
+
+    read(IN, **settings) -> the module to save; options: setting -> its type and help, a --flag each."""
+    parser = Parser(prog=program, description="Weights of others, for our own files.")
+    command = parser.add_subparsers(required=True, metavar="convert").add_parser(
+        "convert", help="published weights (or ours) -> our safetensors file")
+    command.add_argument("source", metavar="IN", help="state dict or whole checkpoint: .safetensors .pt .bin .ckpt")
+    command.add_argument("target", metavar="OUT.safetensors")
+    command.add_argument("--half", action="store_true", help="write float16, half the size")
+    for name, (kind, text) in options.items():
+        command.add_argument(f"--{name.replace('_', '-')}", type=kind, default=argparse.SUPPRESS, help=text)
+    settings = vars(parser.parse_args(argv))
+    source, target, half = (settings.pop(name) for name in ("source", "target", "half"))
+
+    def work():
+        if Path(target).suffix != ".safetensors":
+            raise ValueError(f"{target}: the output's name must end in .safetensors")
+        module = read(source, **settings)
+        save(target, module, torch.float16 if half else None)
+        print(f"{target}: {sum(x.numel() for x in module.parameters()) / 1e6:.1f} M parameters, {module.config}")
+
+    return parser.run(work)
 
 
 def fast_autocast(device):
@@ -622,13 +735,14 @@ def generate(model, video=None, audio=None, frames=None, *, steps=6, condition="
         raise ValueError(f"generate needs at least one frame and one seed a sample; got {T} frames, {len(seeds)} seeds")
     windows = Windows(T, config, stride, window_batch)
     L = mel_frames(T, config) if given != 1 else known.shape[2]
-    if known is not None:
-        known = windows.lengthen(known, given)
     shapes = (windows.T, config.latent_channels, H, W), (config.mel_bins, windows.L)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     draw = lambda side: torch.stack([torch.randn(shapes[side], generator=g) for g in generators]).to(device)
-    x = integrate(_predictor(model, windows, known, given, condition, guidance), [draw(0), draw(1)], given,
-                  steps, sampler, stochasticity, draw, progress)
+    noise = [draw(0), draw(1)]
+    if given is not None and condition == "clean" and not guidance:
+        noise[given] = None  # drawn so that the generators go on alike, then never seen
+    x = integrate(_predictor(model, windows, known, given, condition, guidance), noise, given, steps, sampler,
+                  stochasticity, draw, progress)
     if given is not None:
         x[given] = known
     return x[0][:, :T], x[1][:, :, :L]
@@ -654,21 +768,33 @@ def _check_request(video, audio, steps, condition, sampler, stochasticity):
 def integrate(predict, noise, given, steps, sampler="ddim", stochasticity=0.0, draw=None, progress=None):
     """From pure noise at t = 1 down to t = 0 in equal steps -> [video, audio].
 
-    predict(x, t, noise) -> [video, audio], the predicted clean data; predict itself supplies the side `given`."""
+    predict(x, t, noise) -> [video, audio], the predicted clean data; predict itself supplies the side `given`, of which
+    x, noise and the prediction may be None."""
     x, before = list(noise), None
     for i in range(steps):
         t, t_next = 1 - i / steps, 1 - (i + 1) / steps
         x_0 = predict(x, t, noise)
         for side in {0, 1} - {given}:
             if sampler == "dpm":
-                x[side] = dpm_step(x[side], x_0[side], before and before[side], t, t_next, 1 / steps)
+                step = lambda x, x_0, last: dpm_step(x, x_0, last, t, t_next, 1 / steps)
+                x[side] = in_pieces(step, x[side], x_0[side], before and before[side])
             else:
-                fresh = draw(side) if stochasticity else 0.0
-                x[side] = ddim_step(x[side], x_0[side], t, t_next, stochasticity, fresh)
-        before = x_0
+                step = lambda x, x_0, fresh: ddim_step(x, x_0, t, t_next, stochasticity, fresh)
+                x[side] = in_pieces(step, x[side], x_0[side], draw(side) if stochasticity else 0.0)
+        before = x_0 if sampler == "dpm" else None
         if progress:
             progress(i + 1, steps)
     return x
+
+
+def in_pieces(function, *xs, size=2**18):
+    """function(*xs), elementwise in those of xs that are tensors, all of one shape: `size` elements at a time, so that
+    what it makes on the way takes no memory that grows with the clip."""
+    out = torch.empty(xs[0].shape, dtype=xs[0].dtype, device=xs[0].device)
+    pieces = [x.reshape(-1).split(size) if isinstance(x, torch.Tensor) else repeat(x) for x in xs]
+    for into, *parts in zip(out.view(-1).split(size), *pieces):
+        into.copy_(function(*parts))
+    return out
 
 
 def ddim_step(x_t, x_0, t, t_next, stochasticity=0.0, fresh=0.0):
@@ -690,10 +816,12 @@ def dpm_step(x_t, x_0, x_0_before, t, t_next, dt):
 
 def _predictor(model, windows, known, given, condition, guidance):
     """How the given side enters, as a function predict(x, t, noise) -> [video, audio] clean, for `integrate`."""
+    known = None if given is None else windows.lengthen(known, given)
 
     def at(x, times):
-        out = windows.velocities(model, x, times)
-        return [denoise(x[side], out[side], times[side])[0] for side in (0, 1)]
+        out = windows.velocities(model, x, times, given)
+        clean = lambda x_t, v, t: denoise(x_t, v, t)[0]
+        return [None if v is None else in_pieces(clean, x_t, v, t) for x_t, v, t in zip(x, out, times)]
 
     def joint(x, t, noise):
         return at(x, [t, t])
@@ -705,7 +833,8 @@ def _predictor(model, windows, known, given, condition, guidance):
         if not guidance:
             return seeing
         x[given], times[given] = noise[given], 1.0
-        return [s + guidance * (s - blind) for s, blind in zip(seeing, at(x, times))]
+        push = lambda s, blind: s + guidance * (s - blind)
+        return [None if s is None else in_pieces(push, s, blind) for s, blind in zip(seeing, at(x, times))]
 
     def replace(x, t, noise):
         x = list(x)
@@ -772,14 +901,15 @@ class Windows:
             share = self.weights[side][w].to(part) if weighted else torch.ones(n).to(part)
             canvas[b].narrow(side, start, n).add_(part * (share[:, None, None, None] if side == 0 else share))
 
-    def velocities(self, model, x, times):
-        """The model over the windows of x = [video, audio] at two noise levels -> velocities of the canvas's shapes."""
-        out = [torch.zeros_like(x[0]), torch.zeros_like(x[1])]
+    def velocities(self, model, x, times, given=None):
+        """The model over the windows of x = [video, audio] at two noise levels -> velocities of the canvas's shapes,
+        None for the side `given`."""
+        out = [None if side == given else torch.zeros_like(x[side]) for side in (0, 1)]
         for pairs in self.batches(len(x[0])):
             with fast_autocast(x[0].device):
                 t = [torch.full((len(pairs),), float(t), device=x[0].device) for t in times]
                 parts = model(self.cut(x[0], 0, pairs), self.cut(x[1], 1, pairs), *t)
-            for side in (0, 1):
+            for side in {0, 1} - {given}:
                 self.paste(out[side], parts[side], side, pairs)
         return out
 

@@ -301,7 +301,8 @@ def add_audio(source, wave, sample_rate, path, seconds=None):
     length = _decoded_seconds(source) if packed is None else packed
     cut = ["-t", f"{seconds:.6f}"] if seconds and seconds < length - 0.02 else []
     S = round((seconds if cut else length) * sample_rate)
-    wave = np.pad(_wave(wave)[:S], (0, max(0, S - len(wave))))
+    wave = _wave(wave)[:S]
+    wave = np.pad(wave, (0, S - len(wave))) if len(wave) < S else wave  # an hour is 230 MB: no copy without need
     picture, sound, extra = (words.split() for words in VIDEO_TYPES[kind])
     inputs = ["-copyts", "-itsoffset", f"{-media.start:.6f}", *_source(source), *_raw(sample_rate), "-i", "pipe:0"]
     rest = ["-map_chapters", "-1", "-c:a", *sound, *extra, *cut]
@@ -323,7 +324,7 @@ def _write_sound(path, audio, sample_rate):
     if audio is None:
         raise ValueError(f"{path}: there is no sound to write; choose a video type: {' '.join(VIDEO_TYPES)}")
     with atomic(path) as whole:
-        soundfile.write(str(whole), np.clip(_wave(audio), -1, 1), sample_rate, subtype="PCM_16")
+        soundfile.write(str(whole), _wave(audio), sample_rate, subtype="PCM_16")
 
 
 def _picture_seconds(path, media):

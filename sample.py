@@ -10,7 +10,7 @@ media -> frames -> VAE.encode -> generate -> Vocoder.decode -> wave. Only latent
 memory hardly grows with length. Letters: T video frames, C H W of the latents, M mel bins, L mel frames, S samples.
 """
 
-import argparse
+import base64
 import math
 import os
 import struct
@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from cmmd import CMMD, atomic, data, generate, load, mel_frames
+from cmmd import CMMD, SEED, Parser, atomic, data, generate, load, mel_frames, number
 from cmmd.vae import VAE, load as load_vae, to_frames, to_uint8
 from cmmd.vocoder import Vocoder, VocoderConfig, load as load_vocoder, log_mel
 
@@ -66,17 +66,31 @@ class Clip(NamedTuple):
         else:
             data.write_clip(path, self.video, self.audio, self.fps, self.sample_rate)
 
+    def _repr_html_(self):
+        """A player for notebooks; of a source of more than 20 MB it shows the small frames."""
+        large = self.source is not None and (not self.source.exists() or self.source.stat().st_size > 20e6)
+        with tempfile.TemporaryDirectory() as folder:
+            (self._replace(source=None) if large else self).save(path := Path(folder) / "clip.mp4")
+            content = base64.b64encode(path.read_bytes()).decode()
+        return f'<video controls loop src="data:video/mp4;base64,{content}"></video>'
+
 
 def sample(video=None, audio=None, *, seconds=None, fps=None, sample_rate=None, steps=6, condition="clean",
            guidance=None, stochasticity=0.0, seed=0, weights="worlds", device=None, models=None, progress=None):
     """Make the sound of a video, the picture of a sound, or (given neither) both -> Clip.
 
     video: a file, or frames (T, H, W, 3), uint8 or float in [0, 1], at `fps`. audio: a file, or a wave (S,) or
-    (S, channels) in [-1, 1], at `sample_rate`. seconds: length of the clip, at most the input's; 1.8 if there is none.
+    (S, channels) in [-1, 1], at `sample_rate`. Arrays or tensors; a list of either gives a list of Clips, made one
+    after the other, each as if alone. seconds: length of the clip, at most the input's; 1.8 if there is none.
     steps, condition ("clean", "replace" or "guide"), guidance, stochasticity: see `cmmd.generate`; seed: another one,
     another result. weights: a name in weights/ or a folder; models: what `load_models` returned, instead. progress:
     called with (what, done, of). ValueError, in one line, for input that cannot be used."""
-    _check(video, audio, seconds, fps, sample_rate, steps, condition)
+    request = dict(locals())
+    for name in ("video", "audio"):
+        if isinstance(request[name], (list, tuple)):
+            request["models"] = models or load_models(weights, device)
+            return [sample(**request | {name: one}) for one in request[name]]
+    _check(**request)
     models = models or load_models(weights, device)
     model, config = models.cmmd, models.cmmd.config
     tell = progress or (lambda what, done, of: None)
@@ -89,18 +103,19 @@ def sample(video=None, audio=None, *, seconds=None, fps=None, sample_rate=None, 
     else:
         seconds = 1.8 if seconds is None else seconds
     T = len(frames) if frames is not None else max(1, math.ceil(seconds * config.fps - 0.01))
-    made, made_mel = generate(model, latents, mel, T, steps=steps, condition=condition, guidance=guidance,
+    made, mel = generate(model, latents, mel, T, steps=steps, condition=condition, guidance=guidance,
                               stochasticity=stochasticity, seeds=(seed,), progress=lambda *a: tell("making", *a))
     if frames is None:
-        frames = _decode_frames(models.vae, made.detach(), tell)
+        drawn = (to_uint8(models.vae.decode(part)[0]) for part in made.split(CHUNK, 1))  # (1, n, C, H, W) -> (n, ...)
+        frames = _on_disk(drawn, config.size, lambda done: tell("drawing", done, T))
     if wave is None:
-        wave = models.vocoder.decode(model.denormalise(made_mel.detach()))[0]
+        wave = models.vocoder.decode(model.denormalise(mel))[0]
         wave = wave[: max(1, round(seconds * config.sample_rate))].cpu().numpy()
     source = Path(video) if isinstance(video, (str, os.PathLike)) else None
     return Clip(frames, wave, config.fps, config.sample_rate, source)
 
 
-def _check(video, audio, seconds, fps, sample_rate, steps, condition):
+def _check(video, audio, seconds, fps, sample_rate, steps, condition, guidance, seed, **_):
     """Refuse, before anything is loaded, what cannot work."""
     if video is not None and audio is not None:
         raise ValueError("got both a video and a sound, so nothing is left to make; give one of them")
@@ -108,6 +123,10 @@ def _check(video, audio, seconds, fps, sample_rate, steps, condition):
         raise ValueError(f"steps is {steps!r}, expected a whole number of at least 1; 6 is a good choice")
     if condition not in CONDITIONS:
         raise ValueError(f"condition is {condition!r}, expected one of {', '.join(CONDITIONS)}")
+    if guidance is not None and not math.isfinite(guidance):
+        raise ValueError(f"guidance is {guidance!r}, expected a finite number")
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**63:
+        raise ValueError(f"seed is {seed!r}, expected a whole number from 0 to 2^63 - 1")
     if seconds is not None and not 0 < seconds <= LONGEST:
         raise ValueError(f"seconds is {seconds!r}, expected a length above 0 and up to {LONGEST}")
     hints = {"video": "has no picture, only sound; pass it as audio= (--audio) to make its picture",
@@ -116,7 +135,7 @@ def _check(video, audio, seconds, fps, sample_rate, steps, condition):
         if isinstance(given, (str, os.PathLike)):
             if not getattr(data.probe(given), name):
                 raise ValueError(f"{given}: {hints[name]}")
-        elif given is not None and (rate is None or not rate > 0):
+        elif given is not None and (rate is None or not 0 < rate < math.inf):
             raise ValueError(f"a {name} array needs its rate: {unit}=..., above 0; got {rate!r}")
 
 
@@ -164,21 +183,33 @@ def _video_input(video, fps, seconds, models, tell):
         whole = min(chunks.seconds or 0.0, seconds or math.inf)
     else:
         chunks, whole = _array_chunks(video, fps, seconds, config)
-    frames, latents, done = bytearray(), [], 0  # one growing buffer: frames are never held twice
-    for part in chunks:
+    latents = []
+
+    def encode(part):
         latents.append(models.vae.encode(to_frames(part.copy())[None].to(device)).cpu())  # (1, n, C, H, W)
-        frames += part.tobytes()
-        done += len(part)
-        tell("reading", done, max(done, round(whole * config.fps)))
-    frames = np.frombuffer(frames, np.uint8).reshape(done, config.size, config.size, 3)
+        return part
+
+    frames = _on_disk(map(encode, chunks), config.size,
+                      lambda done: tell("reading", done, max(done, round(whole * config.fps))))
     return frames, torch.cat(latents, 1).to(device), getattr(chunks, "seconds", whole)
+
+
+def _on_disk(chunks, size, tell):
+    """Chunks of frames uint8 (n, size, size, 3) -> all of them (T, size, size, 3), in a temporary file without a name,
+    so that they take no memory before somebody looks at them. tell(T so far) is called after each chunk."""
+    with tempfile.TemporaryFile() as file:
+        for part in chunks:
+            file.write(np.ascontiguousarray(part))
+            tell(file.tell() // (size * size * 3))
+        file.flush()
+        return np.memmap(file, np.uint8, "c").reshape(-1, size, size, 3)  # changes to it stay in memory
 
 
 def _array_chunks(video, fps, seconds, config):
     """Frames (T, H, W, 3) at `fps` -> chunks of uint8 frames at the model's rate and size, and their length in seconds.
 
     The frame on screen and the centre square, as `data.Video` takes them."""
-    video = np.asarray(video)
+    video = _array(video)
     known = video.dtype == np.uint8 or video.dtype.kind == "f"
     if video.ndim != 4 or video.shape[3] != 3 or not video.size or not known:
         raise ValueError(f"video: expected (T, H, W, 3), uint8 or float in [0, 1], got {video.dtype} {video.shape}")
@@ -191,6 +222,14 @@ def _array_chunks(video, fps, seconds, config):
     side = min(H, W)
     square = video[:, (H - side) // 2 :, (W - side) // 2 :][:, :side, :side]
     return (_resize(square[index[k : k + CHUNK]], config.size) for k in range(0, len(index), CHUNK)), length
+
+
+def _array(x):
+    """An array, or a tensor from wherever it lies -> an array that numpy can work on."""
+    if isinstance(x, torch.Tensor):
+        x = x.detach().cpu()
+        x = x.float() if x.is_floating_point() else x  # numpy has no bf16
+    return np.asarray(x)
 
 
 def _resize(frames, size):
@@ -220,8 +259,9 @@ def _array_wave(audio, sample_rate, wanted):
     """A wave (S,) or (S, channels), float in [-1, 1] or int16, at `sample_rate` -> float32 (S,) at rate `wanted`."""
     import soundfile
 
-    audio = np.asarray(audio)
-    if audio.ndim not in (1, 2) or not audio.size or (audio.dtype.kind != "f" and audio.dtype != np.int16):
+    audio = _array(audio)
+    known = audio.dtype.kind == "f" or audio.dtype == np.int16
+    if audio.ndim not in (1, 2) or not audio.size or not known or audio.ndim == 2 and audio.shape[1] > 64:
         raise ValueError(f"audio: expected (S,) or (S, channels), float or int16, got {audio.dtype} {audio.shape}")
     wave = audio / 32768 if audio.dtype == np.int16 else audio
     wave = np.ascontiguousarray(wave.mean(1) if wave.ndim == 2 else wave, dtype=np.float32)
@@ -230,15 +270,6 @@ def _array_wave(audio, sample_rate, wanted):
     with tempfile.TemporaryDirectory() as folder:
         soundfile.write(Path(folder) / "a.wav", wave, round(sample_rate), subtype="FLOAT")
         return data.read_audio(Path(folder) / "a.wav", wanted)
-
-
-def _decode_frames(vae, latents, tell):
-    """Latents (1, T, C, H, W) -> frames uint8 (T, size, size, 3), a chunk at a time."""
-    frames = []
-    for k in range(0, latents.shape[1], CHUNK):
-        frames.append(to_uint8(vae.decode(latents[:, k : k + CHUNK])[0]))  # (n, size, size, 3)
-        tell("drawing", min(k + CHUNK, latents.shape[1]), latents.shape[1])
-    return np.concatenate(frames)
 
 
 # ---- The picture
@@ -326,44 +357,70 @@ def demo(folder=".", **settings):
             + " ".join(f"{t:.2f}" for t in world.times) + " s")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {message} (--help tells more)\n")
-
-
 def _arguments(argv):
-    parser = _Parser(prog=Path(sys.argv[0]).name if "sample" in sys.argv[0] else "sample.py", description=
-                     "Make the sound of a video, the picture of a sound (--audio), or both (--seconds alone). "
-                     "Without any argument: a demonstration, demo.mp4 and demo.png.")
-    parser.add_argument("video", nargs="?", help="video file that gets a sound")
-    parser.add_argument("-o", "--output", help="file to write, " + " ".join(TYPES) + " (default: NAME-cmmd.mp4)")
+    parser = Parser(prog=Path(sys.argv[0]).name if "sample" in sys.argv[0] else "sample.py", description=
+                    "Make the sound of videos, the picture of a sound (--audio), or both (--seconds alone). "
+                    "Without any argument: a demonstration, demo.mp4 and demo.png. Under torchrun each process takes "
+                    "its share of the videos.")
+    parser.add_argument("video", nargs="*", help="video files that get a sound")
+    parser.add_argument("-o", "--output", help="file to write, " + " ".join(TYPES) + ", or a folder, which several "
+                        "videos need (default: NAME-cmmd.mp4)")
+    parser.add_argument("--skip-existing", action="store_true", help="leave out what is already there")
     parser.add_argument("--audio", help="sound file, or video with sound, that gets a picture")
     parser.add_argument("--seconds", type=float, help="length, at most the input's (default: all of it)")
     parser.add_argument("--weights", default="worlds", help="name in weights/, or a folder (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=6, help="denoising steps (default: %(default)s)")
     parser.add_argument("--condition", default="clean", choices=CONDITIONS, help="how what is given enters")
-    parser.add_argument("--guidance", type=float, help="strength of the guidance (default: the condition's own)")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, another result (default: %(default)s)")
+    parser.add_argument("--guidance", type=number(), help="strength of the guidance (default: the condition's own)")
+    parser.add_argument("--seed", type=SEED, default=0, help="another seed, another result (default: %(default)s)")
     parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
-    return parser.prog, parser.parse_args(argv)
+    return parser, parser.parse_args(argv)
 
 
-def _make(args):
-    """What the command line asks for -> the lines to print."""
-    names = ("weights", "steps", "condition", "guidance", "seed", "device")
-    settings = {name: getattr(args, name) for name in names}
-    settings["progress"] = _progress if sys.stderr.isatty() else None
-    if args.video is None and args.audio is None and args.seconds is None:
+def _jobs(args):
+    """What the command line asks for -> [(video, audio, output)], checked; none for the demonstration."""
+    if args.video and args.audio:
+        raise ValueError("got both a video and a sound, so nothing is left to make; give one of them")
+    given = args.video or [args.audio]
+    if given == [None] and args.seconds is None:
         if args.output is not None:
             raise ValueError("nothing to make: give a video, --audio or --seconds (or no -o for the demonstration)")
-        return demo(**settings)
-    given = args.video or args.audio
-    output = data.check_output(args.output or (f"{Path(given).stem}-cmmd.mp4" if given else "out.mp4"), TYPES)
-    if given and output.exists() and Path(given).exists() and output.samefile(given):
-        raise ValueError(f"{output}: is the input itself; choose another file to write")
-    clip = sample(args.video, args.audio, seconds=args.seconds, **settings)
-    clip.save(output)
-    return f"{output}: {len(clip.audio) / clip.sample_rate:.1f} s"
+        return []
+    outputs = [f"{Path(one).stem}-cmmd.mp4" if one else "out.mp4" for one in given]
+    if len(given) > 1 and args.output:
+        if Path(args.output).suffix.lower() in TYPES or Path(args.output).is_file():
+            raise ValueError(f"{args.output}: {len(given)} videos need a folder to write to, this is a file's name")
+        Path(args.output).mkdir(exist_ok=True)
+    if args.output:
+        folder = Path(args.output)
+        outputs = [folder / name for name in outputs] if folder.is_dir() else [folder]
+    for one, output in zip(given, outputs):
+        data.check_output(output, TYPES)
+        if one and Path(output).exists() and Path(one).exists() and Path(output).samefile(one):
+            raise ValueError(f"{output}: is the input itself; choose another file to write")
+        if outputs.count(output) > 1:
+            raise ValueError(f"{output}: would be the output of several inputs; give them different names")
+    return [(one if args.video else None, args.audio, Path(output)) for one, output in zip(given, outputs)]
+
+
+def _make(parser, args):
+    """Do what the command line asks for, a line for each result, also for what fails -> exit status."""
+    jobs = _jobs(args)
+    rank, ranks, gpu = (int(os.environ.get(*pair)) for pair in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = args.device or (f"cuda:{gpu}" if torch.cuda.is_available() else None)
+    settings = {name: getattr(args, name) for name in ("steps", "condition", "guidance", "seed")}
+    settings |= {"models": load_models(args.weights, device), "progress": _progress if sys.stderr.isatty() else None}
+
+    def one(video, audio, output):
+        if args.skip_existing and output.exists():
+            return print(f"{output}: is already there", flush=True)
+        clip = sample(video, audio, seconds=args.seconds, **settings)
+        clip.save(output)
+        print(f"{output}: {len(clip.audio) / clip.sample_rate:.1f} s", flush=True)
+
+    if not jobs:
+        return print(demo(**settings)) if rank == 0 else None
+    return max([parser.run(one, *job) for job in jobs[rank::ranks]], default=0)
 
 
 def _progress(what, done, of):
@@ -371,18 +428,11 @@ def _progress(what, done, of):
 
 
 def main(argv=None):
-    """The command line; returns the exit code: 0, or 2 after one line that says what is wrong."""
-    program, args = _arguments(argv)
-    try:
-        with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_: print(f"{program}: warning: {message}", file=sys.stderr)
-            print(_make(args))
-    except (ValueError, ImportError, OSError) as error:
-        print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    """The command line; returns the exit code: 0, or 2 after a line for each thing that is wrong."""
+    parser, args = _arguments(argv)
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: print(f"{parser.prog}: warning: {message}", file=sys.stderr)
+        return parser.run(_make, parser, args)
 
 
 if __name__ == "__main__":

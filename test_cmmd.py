@@ -13,6 +13,7 @@
 Oracles wherever possible: closed forms, independent implementations, models that know the answer. None needs a network.
 """
 
+import base64
 import json
 import math
 import os
@@ -153,6 +154,40 @@ def test_cmmd_load_says_what_is_wrong(tmp_path, spoil, says):
     with pytest.raises(ValueError, match=says) as error:
         cmmd.load(path, CMMD)
     one_line(error, path)
+
+
+@pytest.mark.parametrize("words, says", [
+    ([], "tool: the following"), (["go"], "tool go: the following"), (["go", "--steps"], "expected one"),
+    (["go", "--steps", "x", "1"], "whole number"), (["go", "--steps", "0", "1"], "from 1"),
+    (["go", "--seed", "-1", "1"], "--seed"), (["go", "--seed", "9" * 400, "1"], "--seed"),
+    (["go", "nan"], "no number"), (["go", "1e400"], "no number"), (["go", "1", "two"], "unrecognized")])
+def test_cmmd_parser_refuses_in_one_line(capsys, words, says):
+    parser = cmmd.Parser(prog="tool")
+    command = parser.add_subparsers(required=True, metavar="go").add_parser("go")
+    command.add_argument("x", type=cmmd.number())
+    command.add_argument("--steps", type=cmmd.number(1, kind=int))
+    command.add_argument("--seed", type=cmmd.SEED)
+    with pytest.raises(SystemExit) as stopped:
+        parser.parse_args(words)
+    out, err = capsys.readouterr()
+    assert stopped.value.code == 2 and not out and err.count("\n") == 1 and err.startswith("tool") and says in err, err
+    args = parser.parse_args(["go", "-0.5", "--steps", "1", "--seed", str(2**63 - 1)])
+    assert (args.x, args.steps, args.seed) == (-0.5, 1, 2**63 - 1)
+
+
+def test_cmmd_parser_runs_and_tells_what_went_wrong(capsys):
+    parser, status = cmmd.Parser(prog="tool"), {}
+    for error in (ValueError("a\nb"), OSError("disk"), KeyboardInterrupt()):
+        def fail(error):
+            raise error
+        try:
+            status[str(error)] = parser.run(fail, error)
+        except SystemExit as stopped:
+            status[str(error)] = stopped.code
+    assert status == {"a\nb": 2, "disk": 2, "": 130} and capsys.readouterr().err == "tool: a b\ntool: disk\n"
+    assert parser.run(lambda: None) == 0 and parser.run(lambda x: x, 2) == 2
+    with pytest.raises(KeyError):  # our own bugs keep their tracebacks
+        parser.run({}.__getitem__, 1)
 
 
 # ==== cmmd: schedule
@@ -535,6 +570,34 @@ def test_cmmd_gradient_of_eq_3_equals_finite_differences(full_precision, given, 
     velocities = windows.velocities(model, x, [0.6, 0.6])
     for side in (0, 1):
         torch.testing.assert_close(x_0[side], denoise(x[side], velocities[side], 0.6)[0], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_cmmd_in_pieces_equals_the_whole(size):
+    x, y = noise(2, 5, 9), noise(2, 5, 9, seed=1)
+    for settings in ((0.5, 0.25), (0.5, 0.25, 0.6, noise(2, 5, 9, seed=2))):
+        fresh = settings[3] if settings[3:] else 0.0
+        step = lambda a, b, c: cmmd.ddim_step(a, b, *settings[:3], c)
+        made = cmmd.in_pieces(step, x, y, fresh, size=size)
+        assert torch.equal(made, cmmd.ddim_step(x, y, *settings))
+
+
+def test_cmmd_generate_asks_nothing_of_a_given_side_but_what_it_needs(full_precision, monkeypatch):
+    """Long clips need the memory: without guidance no noise and no prediction of the side that is given."""
+    model, video, seen = tiny_model(), noise(1, 40, 4, 4, 4), []
+    integrate = cmmd.integrate
+
+    def watched(predict, start, given, *rest):
+        watch = lambda *a: seen.append([x is None for x in made]) or made if (made := predict(*a)) else None
+        seen.append([x is None for x in start])
+        return integrate(watch, start, given, *rest)
+
+    monkeypatch.setattr(cmmd, "integrate", watched)
+    plain = generate(model, video, steps=1)
+    assert seen == [[True, False], [True, False]] and torch.equal(plain[0], video)
+    guided = generate(model, video, steps=1, guidance=1e-12)
+    assert seen[2:] == [[False, False], [True, False]]
+    torch.testing.assert_close(guided[1], plain[1], rtol=0, atol=1e-5)  # the same noise for the sound
 
 
 # ==== vae
@@ -1084,7 +1147,7 @@ def test_vocoder_griffin_lim_finds_the_tone():
     (lambda s: (s.clear(), s.update({"conv_pre.weight": torch.zeros(1)})), "looks like a HiFi-GAN generator"),
     (lambda s: (s.clear(), s.update({"model.disc_0.model.layer_0.1.bias": torch.zeros(1)})), "discriminator"),
     (lambda s: (s.clear(), s.update({"linear.weight": torch.zeros(1)})), "looks like another network"),
-    (lambda s: (s.clear(), s.update({"step": 3})), "a dict of step"),
+    (lambda s: (s.clear(), s.update({"step": 3})), "looks like another network"),
 ])
 def test_vocoder_load_says_what_is_wrong(tmp_path, spoil, says):
     state = published_state()
@@ -1098,9 +1161,10 @@ def test_vocoder_load_says_what_is_wrong(tmp_path, spoil, says):
 def test_vocoder_load_never_unpickles_code(tmp_path):
     torch.save({"model.1.weight": Path("x"), "more": print}, tmp_path / "code.pt")
     (tmp_path / "noise.safetensors").write_bytes(b"noise")
-    for name in ("code.pt", "noise.safetensors"):
-        with pytest.raises(ValueError, match=f"{name}: neither"):
+    for name, says in (("code.pt", "holds a .*which could run code"), ("noise.safetensors", "damaged")):
+        with pytest.raises(ValueError, match=f"{name}: {says}.*; expected the weights of a MelGAN vocoder") as error:
             vocoder_module.load(tmp_path / name)
+        one_line(error, tmp_path / name)
 
 
 def test_vocoder_convert_writes_ours(tmp_path, capsys):
@@ -1128,6 +1192,16 @@ def test_vocoder_convert_command(tmp_path):
     done = subprocess.run([*command, "melgan.pt", "ours.safetensors"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and "0.1 M parameters" in done.stdout, done.stderr
     assert vocoder_module.load(tmp_path / "ours.safetensors").config.base == 4
+
+
+@pytest.mark.parametrize("module", [vae_module, vocoder_module])
+@pytest.mark.parametrize("words, says", [
+    ([], "following"), (["convert"], "IN"), (["convert", "a", "b.safetensors", "--hope"], "--hope")])
+def test_vocoder_and_vae_command_lines_refuse_in_one_line(capsys, module, words, says):
+    with pytest.raises(SystemExit) as stopped:
+        module.main(words)
+    out, err = capsys.readouterr()
+    assert stopped.value.code == 2 and not out and err.count("\n") == 1 and says in err, err
 
 
 # ==== data: media
@@ -1697,6 +1771,108 @@ def test_sample_without_arguments_runs_the_demonstration(tmp_path, models, monke
     assert decode_png(Path("demo.png")).shape[1] == 960
 
 
+def test_sample_frames_wait_in_a_file_and_may_be_changed(tmp_path, models):
+    data.write_clip(tmp_path / "in.mp4", moving_square(100, 25), fps=25)
+    clip, again = (sample(tmp_path / "in.mp4", models=models, steps=1) for _ in range(2))
+    assert isinstance(clip.video, np.memmap) and np.array_equal(clip.video, data.read_video(tmp_path / "in.mp4"))
+    clip.video[:] = 7
+    assert (clip.video == 7).all() and not (again.video == 7).all()
+    assert isinstance(sample(seconds=1.0, models=models, steps=1).video, np.memmap)
+
+
+@pytest.mark.parametrize("given, says", [
+    (dict(guidance=math.nan), "guidance"), (dict(guidance=math.inf), "guidance"), (dict(seed=-1), "seed"),
+    (dict(seed=2**63), "seed"), (dict(seed=1.0), "seed"), (dict(seconds=math.nan), "seconds"),
+    (dict(seconds=None, video=moving_square(3, 10), fps=math.nan), "fps"),
+    (dict(seconds=None, video=moving_square(3, 10), fps=math.inf), "fps"),
+    (dict(seconds=None, audio=np.zeros((2, 1600)), sample_rate=16000), "channels")])
+def test_sample_odd_numbers_are_refused(models, given, says):
+    with pytest.raises(ValueError, match=says) as error:
+        sample(models=models, **{"seconds": 1.0} | given)
+    assert "\n" not in str(error.value)
+
+
+def test_sample_takes_tensors_of_pictures_and_waves(models):
+    video, wave = torch.from_numpy(moving_square(12, 10)), torch.sin(torch.arange(16000) / 9)
+    plain = sample(video.numpy(), fps=10, models=models, steps=1)
+    for x in (video, video.float() / 255, (video.double() / 255).requires_grad_()):
+        clip = sample(x, fps=10, models=models, steps=1)
+        assert np.array_equal(clip.video, plain.video) and np.abs(clip.audio - plain.audio).max() < 1e-4
+    plain = sample(audio=wave.numpy(), sample_rate=16000, models=models, steps=1)
+    for x in (wave, wave[:, None].expand(-1, 2), wave.double()):
+        assert np.abs(sample(audio=x, sample_rate=16000, models=models, steps=1).audio - plain.audio).max() < 1e-6
+    assert sample(audio=wave.bfloat16(), sample_rate=16000, models=models, steps=1).audio.shape == (16000,)
+
+
+def test_sample_of_a_list_is_a_list_of_clips_as_if_alone(tmp_path, models, capfd):
+    data.write_clip(tmp_path / "a.mp4", moving_square(9, 10))
+    given = [tmp_path / "a.mp4", str(tmp_path / "a.mp4")]
+    alone, clips = sample(given[0], models=models, steps=1), sample(given, models=models, steps=1)
+    assert len(clips) == 2 and all(np.array_equal(clip.audio, alone.audio) for clip in clips)
+    clips = sample([moving_square(9, 10), moving_square(5, 10)], fps=10, models=models, steps=1)
+    assert [len(clip.video) for clip in clips] == [9, 5] and sample(audio=[], models=models) == []
+    assert [len(c.audio) for c in sample(audio=[np.ones(99), np.ones(5000)], sample_rate=16000, models=models)] == [
+        99, 5000]
+    assert capfd.readouterr() == ("", "")  # nothing is printed unless asked for
+
+
+def test_sample_clip_shows_itself_in_a_notebook(tmp_path, models):
+    data.write_clip(tmp_path / "a.mp4", moving_square(10, 10, 96))
+    clip = sample(tmp_path / "a.mp4", models=models, steps=1)
+    for size, source in ((96, clip.source), (64, None), (64, tmp_path / "gone.mp4")):
+        page = clip._replace(source=source)._repr_html_()
+        assert page.startswith("<video controls") and page.endswith("</video>")
+        content = page.split("base64,")[1].split('"')[0]
+        (tmp_path / "shown.mp4").write_bytes(base64.b64decode(content, validate=True))
+        assert f" {size}x{size}" in data._first_frame(tmp_path / "shown.mp4", "v")
+        assert abs(len(data.read_audio(tmp_path / "shown.mp4")) - 16000) < 320
+
+
+def run_sample(capsys, *words):
+    """The command line -> exit status, lines printed, lines of errors."""
+    status = sampling.main([str(word) for word in words])
+    out, err = capsys.readouterr()
+    return status, out.splitlines(), err.splitlines()
+
+
+def test_sample_several_files_go_into_a_folder_and_failures_do_not_stop(tmp_path, weights, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.mp4", "b.mkv", "d.mp4"):
+        data.write_clip(name, moving_square(5, 10))
+    Path("c.mp4").write_text("this is no video\n" * 9)
+    words = ("a.mp4", "c.mp4", "b.mkv", "none.mp4", "--weights", weights, "--steps", 1, "-o", "out")
+    status, out, err = run_sample(capsys, *words)
+    assert status == 2 and out == ["out/a-cmmd.mp4: 0.5 s", "out/b-cmmd.mp4: 0.5 s"]
+    assert len(err) == 2 and "c.mp4" in err[0] and "none.mp4" in err[1]
+    assert sorted(p.name for p in Path("out").iterdir()) == ["a-cmmd.mp4", "b-cmmd.mp4"]
+    before = Path("out/a-cmmd.mp4").stat().st_mtime_ns
+    status, out, err = run_sample(capsys, "a.mp4", "d.mp4", *words[4:], "--skip-existing")
+    assert status == 0 and not err and out == ["out/a-cmmd.mp4: is already there", "out/d-cmmd.mp4: 0.5 s"]
+    assert Path("out/a-cmmd.mp4").stat().st_mtime_ns == before
+    assert run_sample(capsys, "a.mp4", *words[4:-1], "out")[1] == ["out/a-cmmd.mp4: 0.5 s"]  # one file, into a folder
+    Path("sub").mkdir()
+    for bad, says in ((["a.mp4", "b.mkv", "-o", "new.mp4"], "folder"), (["a.mp4", "sub/a.mov", "-o", "out"], "several"),
+                      (["a.mp4", "b.mkv", "-o", "no/out"], "no/out"), (["a.mp4", "b.mkv", "-o", "a.mp4"], "folder")):
+        status, out, err = run_sample(capsys, *bad, "--weights", weights)
+        assert status == 2 and not out and len(err) == 1 and says in err[0]
+
+
+def test_sample_ranks_share_the_files(tmp_path, weights, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = [f"{n}.mp4" for n in range(5)]
+    for name in names:
+        data.write_clip(name, moving_square(3, 10))
+    made = []
+    for rank in range(3):
+        for name, value in (("RANK", rank), ("WORLD_SIZE", 3), ("LOCAL_RANK", rank)):
+            monkeypatch.setenv(name, str(value))
+        words = ("-o", "out", "--weights", weights, "--steps", 1, "--device", "cpu")
+        status, out, err = run_sample(capsys, *names, *words)
+        assert status == 0 and not err
+        made.append([line.split("/")[1][0] for line in out])
+    assert made == [["0", "3"], ["1", "4"], ["2"]] and len(list(Path("out").iterdir())) == 5
+
+
 @pytest.mark.skipif(not (SHARED / "clips").is_dir(), reason="needs the real media of ../shared/data")
 @pytest.mark.parametrize("folder", ["clips", "awkward"])
 def test_sample_real_files_get_a_sound_or_one_line(tmp_path, models, folder):
@@ -1869,6 +2045,18 @@ def test_train_cache_refuses_what_is_torn(tmp_path):
     with pytest.raises(ValueError) as error:
         data.open_encoded(path)
     one_line(error, path)
+
+
+@pytest.mark.parametrize("words, says", [
+    ([], "train.py: the following"), (["fly"], "train.py: argument"), (["cmmd"], "train.py cmmd: the following"),
+    (["vae", "--out", "o", "--steps", "x"], "train.py vae: argument --steps"),
+    (["vae", "--out", "o", "--lr", "nan"], "--lr"), (["vae", "--out", "o", "--seed", "-1"], "--seed"),
+    (["vae", "--out", "o", "--config", "[1]"], "--config"), (["vae", "--out", "o", "--hope"], "--hope")])
+def test_train_parser_refuses_in_one_line(capsys, words, says):
+    with pytest.raises(SystemExit) as stopped:
+        train.main(words)
+    out, err = capsys.readouterr()
+    assert stopped.value.code == 2 and not out and err.count("\n") == 1 and says in err, err
 
 
 def test_train_learning_rate_warms_up_and_comes_down():
@@ -2083,7 +2271,9 @@ def test_packaging_only_the_package_lands(installed):
     metadata = (site / f"cmmd-{cmmd.__version__}.dist-info" / "METADATA").read_text()
     needs = [line.split(": ")[1] for line in metadata.splitlines() if line.startswith("Requires-Dist")]
     needs = [line for line in needs if "extra ==" not in line]
-    assert {name.split(">")[0] for name in needs} == {"torch", "numpy", "soundfile", "imageio[ffmpeg]", "safetensors"}
+    assert {name.split(">")[0] for name in needs} == {
+        "torch", "numpy", "soundfile", "imageio[ffmpeg]", "imageio-ffmpeg", "safetensors"}
+    assert "imageio-ffmpeg>=0.8" in needs  # 0.5.1 brings ffmpeg 4.2, without -fps_mode; 0.7 a 7.0.2 that crashes on .ts
 
 
 def test_packaging_works_beside_a_users_own_files(installed, tmp_path, weights):
@@ -2159,6 +2349,16 @@ def test_weights_keep_held_out_frames_and_sounds(trained):
     assert abs(normal.mean()) < 0.3 and 0.7 < normal.std() < 1.3
     ours, others = (mel_loss(x, waves, trained.vocoder.config) for x in (trained.vocoder.decode(mel), waves.roll(1, 0)))
     assert ours < 0.6 and ours < others / 2
+
+
+@shipped
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
+def test_weights_memory_is_flat_in_length(tmp_path):
+    words = ["speed", "--seconds", "10", "300", "--steps", "1", "--device", "cpu", "--out", tmp_path / "speed.json"]
+    command(sys.executable, REPO / "evaluate.py", *words, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    short, long = (row["peak_mib"] for row in json.loads((tmp_path / "speed.json").read_text())["rows"])
+    assert long < 1.1 * short < 1500
 
 
 @shipped

@@ -24,8 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from cmmd import (
-    CMMD, CMMDConfig, atomic, contrastive_loss, draw_negatives, draw_times, fast_autocast, generate, joint_loss, load,
-    save, vae, vocoder,
+    CMMD, SEED, CMMDConfig, Parser, atomic, contrastive_loss, draw_negatives, draw_times, fast_autocast, generate,
+    joint_loss, load, number, save, vae, vocoder,
 )
 from cmmd.data import TRAINING_SEED, EncodedClip, bounce, open_encoded, write_encoded
 from cmmd.evaluate import psnr, sound_scores
@@ -468,18 +468,18 @@ def check(args):
 def arguments(argv):
     """The command line, with the defaults of the chosen task's recipe."""
     show = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(prog="train.py", description=__doc__.splitlines()[0], formatter_class=show)
+    parser = Parser(prog="train.py", description=__doc__.splitlines()[0], formatter_class=show)
     tasks = parser.add_subparsers(dest="task", required=True, metavar="vae|vocoder|cmmd")
     for name, recipe in RECIPES.items():
         task = tasks.add_parser(name, formatter_class=show)
         task.add_argument("--out", required=True, help="folder for checkpoints, logs and the trained weights")
         for key, value in recipe.items():
-            task.add_argument(f"--{key}", type=type(value), default=value)
-        task.add_argument("--seed", type=int, default=0)
+            task.add_argument(f"--{key}", type=number(kind=type(value)), default=value)
+        task.add_argument("--seed", type=SEED, default=0)
         task.add_argument("--config", type=sizes, default={}, help="sizes of the network, where not the default: JSON")
         task.add_argument("--init", help="weights to start from")
         task.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-        task.add_argument("--threads", type=int, help="CPU threads")
+        task.add_argument("--threads", type=number(1, kind=int), help="CPU threads")
         task.add_argument("--workers", type=int, default=1, help="processes that prepare batches")
         task.add_argument("--log-every", type=int, default=20)
         task.add_argument("--eval-every", type=int, default=400)
@@ -487,37 +487,37 @@ def arguments(argv):
         if name == "vae":
             task.add_argument("--freeze-encoder", action="store_true", help="train the decoder alone, latents stay")
         if name == "vocoder":
-            task.add_argument("--seconds", type=float, default=4.0, help="length of the training crops (paper: 4)")
+            task.add_argument("--seconds", type=number(0.1), default=4.0, help="length of the crops (paper: 4)")
             task.add_argument("--adversarial-from", type=int, default=2000, help="first step with discriminators")
         if name == "cmmd":
             task.add_argument("--vae", required=True, help="weights of the autoencoder")
             task.add_argument("--first-lesson", type=int, default=400, help="steps with one side clean")
-            task.add_argument("--clips", type=int, default=0, help="draw so many once and cut them; 0: always fresh")
+            task.add_argument("--clips", type=number(0, 10**7, int), default=0, help="draw so many once and cut them; 0: always fresh")
             task.add_argument("--cache", help="folder of those clips (default: OUT/cache)")
-            task.add_argument("--eta", type=float, default=0.0, help="weight of the contrastive terms of Eq. 6; 0: none")
-            task.add_argument("--margin", type=float, help="bound them: a negative worse by this much is left alone")
-            task.add_argument("--negatives", type=float, default=0.25, help="share of the batch that has them")
-            task.add_argument("--kinds", type=float, nargs=3, default=(1, 1, 1), metavar="P", help="shares of the "
+            task.add_argument("--eta", type=number(0), default=0.0, help="weight of the contrastive terms of Eq. 6; 0: none")
+            task.add_argument("--margin", type=number(0), help="bound them: a negative worse by this much is left alone")
+            task.add_argument("--negatives", type=number(0, 1), default=0.25, help="share of the batch that has them")
+            task.add_argument("--kinds", type=number(0), nargs=3, default=(1, 1, 1), metavar="P", help="shares of the "
                               "negatives: shift, splice, swap")
-            task.add_argument("--shift", type=float, nargs=2, default=(0.1, 0.4), metavar="S", help="s, from and to")
-            task.add_argument("--shares", type=float, nargs=4, default=(0.2, 0.1, 0.5, 0.2), metavar="P",
+            task.add_argument("--shift", type=number(0, 60), nargs=2, default=(0.1, 0.4), metavar="S", help="s, from and to")
+            task.add_argument("--shares", type=number(0, 1), nargs=4, default=(0.2, 0.1, 0.5, 0.2), metavar="P",
                               help="then, shares of: one t, two, clean video, clean audio")
-    return parser.parse_args(argv)
+    return parser, parser.parse_args(argv)
+
+
+def work(args):
+    """The chosen training, whose result goes to TASK.safetensors."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    check(args)
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    save(Path(args.out) / f"{args.task}.safetensors", TRAININGS[args.task](args), torch.float16)
 
 
 def main(argv=None):
     """Command line; returns the exit code, 2 after one line where something is wrong."""
-    args = arguments(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    try:
-        check(args)
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-        save(Path(args.out) / f"{args.task}.safetensors", TRAININGS[args.task](args), torch.float16)
-    except (ValueError, OSError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+    parser, args = arguments(argv)
+    return parser.run(work, args)
 
 
 if __name__ == "__main__":

@@ -9,19 +9,17 @@ and published ones, and `python vae.py convert IN OUT.safetensors`.
 Letters: B batch, T video frames, C latent channels, H W height and width of the latents, 8H 8W of the frames.
 """
 
-import argparse
 import math
 import re
 import sys
-import zipfile
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cmmd import fast_autocast, first_few
+import cmmd
+from cmmd import fast_autocast, fit_tensors, number, read_tensors, zeroed
 
 
 @dataclass(frozen=True)
@@ -208,11 +206,8 @@ class VAE(nn.Module):
 
         The mean of the Gaussian; with `sample` a draw from it. `chunk` frames at a time bound the memory."""
         if frames.dim() != 5 or frames.shape[2] != 3 or any(n % self.config.factor for n in frames.shape[3:]):
-            raise ValueError(
-                f"encode needs frames (B, T, 3, H, W), H and W multiples of {self.config.factor}; "
-                f"got {tuple(frames.shape)}"
-            )
-
+            raise ValueError(f"encode needs frames (B, T, 3, H, W), H and W multiples of {self.config.factor}; "
+                             f"got {tuple(frames.shape)}")
         scale, shift = self._scale_and_shift(frames.device)
 
         def one(x):
@@ -228,9 +223,8 @@ class VAE(nn.Module):
     def decode(self, latents, chunk=16):
         """Latents (B, T, C, H, W) as `encode` gives them -> frames (B, T, 3, 8H, 8W) in [-1, 1]."""
         if latents.dim() != 5 or latents.shape[2] != self.config.latent_channels:
-            raise ValueError(
-                f"decode needs latents (B, T, {self.config.latent_channels}, H, W); got {tuple(latents.shape)}"
-            )
+            raise ValueError(f"decode needs latents (B, T, {self.config.latent_channels}, H, W); "
+                             f"got {tuple(latents.shape)}")
         scale, shift = self._scale_and_shift(latents.device)
         return _in_chunks(lambda z: self.reconstruct(z / scale + shift).clamp(-1, 1), latents, chunk)
 
@@ -269,44 +263,34 @@ def quick_start(vae, frames):
     place = lambda width, k: k * (width // max(3, vae.config.groups)) if width > 3 else k
     blur = torch.tensor([1.0, 2.0, 1.0]) / 4
     for name, module in vae.named_modules():
-        kind = name.split(".")[-1]
-        if isinstance(module, ResidualBlock):
-            module.conv2.weight.zero_()
-            module.conv2.bias.zero_()
-        elif isinstance(module, Attention):
-            module.to_out[0].weight.zero_()
-        elif isinstance(module, nn.Conv2d) and kind in ("conv_in", "conv", "conv_shortcut", "conv_out"):
-            c_out, c_in, size, _ = module.weight.shape
-            latent = name in ("encoder.conv_out", "decoder.conv_in")
-            if kind == "conv_out":
-                module.weight.mul_(0.1)
-            else:
-                module.bias.copy_(2.0 - 4.0 * (torch.arange(c_out) % 2))
-            kernel = torch.zeros(size, size)
-            kernel[size // 2, size // 2] = 2.0 if name in ("decoder.conv_in", "decoder.conv_out") else 1.0
-            if "downsamplers" in name:
-                kernel = F.pad(torch.full((2, 2), 0.25), (0, 1, 0, 1))
-            elif "upsamplers" in name:
-                kernel = blur[:, None] * blur
-            for k in range(3):
-                row = k if kind == "conv_out" else place(c_out, k)
-                module.weight[row] = 0.0
-                module.weight[row, k if latent and kind == "conv_in" else place(c_in, k)] = kernel
-                module.bias[row] = -kernel.sum() * F.silu(torch.tensor(2.0)) if kind == "conv_out" else 0.0
+        if isinstance(module, (ResidualBlock, Attention)):
+            zeroed(module.conv2 if isinstance(module, ResidualBlock) else module.to_out)
+        if not isinstance(module, nn.Conv2d) or not name.endswith(("conv_in", ".conv", "conv_shortcut", "conv_out")):
+            continue
+        (c_out, c_in, size, _), last = module.weight.shape, name.endswith("conv_out")
+        kernel = (F.pad(torch.full((2, 2), 0.25), (0, 1, 0, 1)) if "downsamplers" in name
+                  else blur[:, None] * blur if "upsamplers" in name
+                  else F.pad(torch.full((1, 1), 2.0 if name.startswith("decoder.conv_") else 1.0), [size // 2] * 4))
+        if last:
+            module.weight.mul_(0.1)
+        else:
+            module.bias.copy_(2.0 - 4.0 * (torch.arange(c_out) % 2))
+        for k in range(3):
+            row, column = k if last else place(c_out, k), k if name == "decoder.conv_in" else place(c_in, k)
+            module.weight[row] = 0.0
+            module.weight[row, column] = kernel
+            module.bias[row] = -kernel.sum() * F.silu(torch.tensor(2.0)) if last else 0.0
     for norm in (vae.encoder.conv_norm_out, vae.decoder.conv_norm_out):
         norm.bias.fill_(2.0)  # SiLU is nearly straight there
     for conv in (vae.quant_conv, vae.post_quant_conv):
-        conv.weight.copy_(torch.eye(len(conv.weight))[:, :, None, None])
-        conv.bias.zero_()
+        nn.init.dirac_(zeroed(conv).weight)  # the identity
     vae.quant_conv.weight[vae.config.latent_channels :] = 0.0
     vae.quant_conv.bias[vae.config.latent_channels :] = -6.0
-    out = vae.reconstruct(vae.moments(frames)[0])
-    last = vae.decoder.conv_out
-    for k in range(3):
-        x, y = out[:, k].flatten(), frames[:, k].flatten()
-        gain = ((x - x.mean()) * (y - y.mean())).mean() / x.var()
-        last.weight[k] *= gain
-        last.bias[k] = gain * (last.bias[k] - x.mean()) + y.mean()
+    out, last = vae.reconstruct(vae.moments(frames)[0]), vae.decoder.conv_out
+    x, y = (z.transpose(0, 1).flatten(1) for z in (out, frames))  # (N, 3, 8H, 8W) -> (3, N*8H*8W)
+    gain = ((x - x.mean(1, keepdim=True)) * (y - y.mean(1, keepdim=True))).mean(1) / x.var(1)
+    last.weight.mul_(gain[:, None, None, None])
+    last.bias.copy_(gain * (last.bias - x.mean(1)) + y.mean(1))
     return vae
 
 
@@ -351,13 +335,12 @@ def load(path, *, scale=None, shift=None, groups=None):
     What those don't tell: `scale` (0.18215, that of Stable Diffusion 1 and 2) and `shift` (0) as in VAEConfig, `groups`
     (32, or what the widths share with 32). A file without quant_convs (Stable Diffusion 3, Flux) gets identities.
     Raises ValueError, in one line, for a file that is missing or holds anything else."""
-    tensors, ours = _read(path)
+    tensors = read_tensors(path, "VAE", _relevant)
     given = {k: x for k, x in (("scale", scale), ("shift", shift), ("groups", groups)) if x is not None}
-    if ours:
+    if tensors is None:
         if given:
             raise ValueError(f"{path}: carries its own settings, {', '.join(given)} cannot be given")
-        from cmmd import load as load_ours
-        return load_ours(path, VAE)
+        return cmmd.load(path, VAE)
     theirs = _naming(tensors)
     try:
         config = VAEConfig(**_sizes(tensors, theirs) | given)
@@ -369,36 +352,7 @@ def load(path, *, scale=None, shift=None, groups=None):
     with torch.device("meta"):  # no random weights
         vae = VAE(config)
     names = {theirs(name, len(config.channels)): name for name in vae.state_dict()}
-    vae.to_empty(device="cpu").load_state_dict(_matched(path, tensors, names, vae.state_dict()))
-    return vae.eval()
-
-
-def _read(path):
-    """The tensors of a file by name, of a whole checkpoint only the VAE's, and whether the file is one of ours."""
-    from safetensors import safe_open
-    start = None
-    try:
-        with open(path, "rb") as file:
-            start = file.read(40)
-        if start[8:9] == b"{":
-            with safe_open(str(path), "pt") as file:
-                return {n: file.get_tensor(n) for n in _relevant(file.keys())}, "class" in (file.metadata() or {})
-        content = torch.load(str(path), map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: there is no such file; expected the weights of a VAE") from None
-    except Exception as error:  # whatever a damaged or foreign file provokes
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        reason = (f"cannot be read ({getattr(error, 'strerror', error)})" if start is None
-                  else "empty (0 bytes)" if not start
-                  else "a Git LFS pointer, not the weights themselves" if start.startswith(b"version https://git-lfs")
-                  else f"holds a {code[1]}, which could run code; get it as .safetensors" if code
-                  else f"damaged, or of another kind ({type(error).__name__})")
-        raise ValueError(f"{path}: {reason}; expected .safetensors or a pickled state dict of tensors") from None
-    for key in ("state_dict", "model"):  # a training checkpoint around it
-        content = content[key] if isinstance(content, dict) and isinstance(content.get(key), dict) else content
-    content = content if isinstance(content, dict) else {}
-    tensors = {str(name): x for name, x in content.items() if isinstance(x, torch.Tensor)}
-    return {name: tensors[name] for name in _relevant(tensors)}, False
+    return fit_tensors(path, tensors, names, vae, "Gaussian autoencoder", KNOWN_FILES)
 
 
 def _relevant(names):
@@ -437,45 +391,11 @@ def _sizes(tensors, theirs):
     return dict(channels=channels, blocks=blocks, latent_channels=latent[1], groups=math.gcd(32, *channels))
 
 
-def _matched(path, tensors, names, wanted):
-    """The tensors of a file by our names: `names` is theirs -> ours, `wanted` holds ours in their shapes."""
-    missing, extra = [n for n in names if n not in tensors], [n for n in tensors if n not in names]
-    if missing or extra:
-        looks = [text for piece, text in KNOWN_FILES.items() if any(piece in n for n in tensors)] or ["another network"]
-        raise ValueError(f"{path}: not a Gaussian autoencoder's state dict, it looks like {looks[0]}; "
-                         f"missing: {first_few(missing)}; extra: {first_few(extra)}")
-    state = {}
-    for theirs, name in names.items():
-        x, shape = tensors[theirs], tuple(wanted[name].shape)
-        state[name] = x = x[..., 0, 0] if x.shape == (*shape, 1, 1) else x  # attention by 1x1 convolutions
-        if x.shape != shape:
-            raise ValueError(f"{path}: {theirs} is {tuple(x.shape)}, the other tensors imply {shape}")
-    return state
-
-
-def main(arguments=None):
+def main(argv=None):
     """The command line: `python vae.py convert IN OUT.safetensors`. Exit status 2 and one line for bad input."""
-    parser = argparse.ArgumentParser(description="Autoencoder weights.")
-    convert = parser.add_subparsers(required=True, metavar="convert").add_parser(
-        "convert", help="Stable Diffusion's VAE by diffusers' or CompVis' names (or ours) -> our safetensors file")
-    convert.add_argument("source", metavar="IN", help="state dict or whole checkpoint: .safetensors .bin .pt .ckpt")
-    convert.add_argument("target", metavar="OUT.safetensors")
-    convert.add_argument("--half", action="store_true", help="write float16, half the size")
-    convert.add_argument("--scale", type=float, help="of IN's latents (0.18215)")
-    convert.add_argument("--shift", type=float, help="of IN's latents (0)")
-    options = vars(parser.parse_args(arguments))
-    source, target, half = (options.pop(name) for name in ("source", "target", "half"))
-    try:
-        if Path(target).suffix != ".safetensors":
-            raise ValueError(f"{target}: the output's name must end in .safetensors")
-        vae = load(source, **options)
-        from cmmd import save
-        save(target, vae, torch.float16 if half else None)
-    except ValueError as error:
-        print(f"vae.py: {error}", file=sys.stderr)
-        return 2
-    print(f"{target}: {sum(x.numel() for x in vae.parameters()) / 1e6:.1f} M parameters, {vae.config}")
-    return 0
+    options = {"scale": (number(), "of IN's latents (0.18215)"), "shift": (number(), "of IN's latents (0)"),
+               "groups": (int, "of IN's GroupNorms (32, or what its widths share with 32)")}
+    return cmmd.convert("vae.py", load, options, argv)
 
 
 if __name__ == "__main__":

@@ -12,12 +12,10 @@ Letters: `B` batch, `M` mel bins, `L` mel frames, `S` samples, `C` channels, `F`
 Waves are float (B, S) in [-1, 1]; mels are log10 of a magnitude, float (B, M, L), between -5 and about 2.
 """
 
-import argparse
 import math
 import re
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -25,7 +23,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
-from cmmd import first_few
+import cmmd
+from cmmd import first_few, fit_tensors, number, read_tensors
 
 FLOOR = 1e-5  # magnitudes below it count as silence: log10 -> -5
 SLOPE = 0.2  # of every leaky ReLU
@@ -35,8 +34,7 @@ SLOPE = 0.2  # of every leaky ReLU
 class VocoderConfig:
     """Sizes of the mel front end (the first six) and of the generator. The window is as long as `n_fft`.
 
-    Raises ValueError for values that don't fit together; `ratios`, the upsampling factors, must multiply to `hop`.
-    """
+    Raises ValueError for values that don't fit together; `ratios`, the upsampling factors, must multiply to `hop`."""
 
     sample_rate: int = 16000  # Hz
     n_fft: int = 512  # samples, 32 ms
@@ -80,8 +78,7 @@ def _mel_to_hz(mel):
 def mel_filters(config):
     """Triangular filters (M, n_fft//2 + 1) float32, evenly spaced on Slaney's scale, each of unit area over Hz.
 
-    Equals `librosa.filters.mel(sr, n_fft, n_mels, fmin, fmax)` with its defaults.
-    """
+    Equals `librosa.filters.mel(sr, n_fft, n_mels, fmin, fmax)` with its defaults."""
     low, high = _hz_to_mel([config.f_min, config.f_max]).tolist()
     corners = _mel_to_hz(torch.linspace(low, high, config.mel_bins + 2, dtype=torch.float64))  # (M+2,) Hz
     bins = torch.arange(config.n_fft // 2 + 1, dtype=torch.float64) * config.sample_rate / config.n_fft  # (F,) Hz
@@ -101,8 +98,7 @@ def log_mel(wave, config):
 
     Frame j is centred at (j + 1/2) * hop / sample_rate seconds: the wave is mirrored by (n_fft - hop)/2 at either end.
     Equals the `Audio2Mel` of melgan-neurips. Always float32, also under autocast.
-    Raises ValueError for other shapes, integers, and waves too short for one frame or for the mirror.
-    """
+    Raises ValueError for other shapes, integers, and waves too short for one frame or for the mirror."""
     if wave.ndim != 2 or not wave.is_floating_point():
         raise ValueError(f"log_mel: expected a float wave (B, S) in [-1, 1], got {wave.dtype} {tuple(wave.shape)}")
     total = config.n_fft - config.hop
@@ -164,8 +160,7 @@ class Vocoder(nn.Module):
 
     Built without weight norm: training adds it with `add_weight_norm(vocoder)`; files hold `vocoder.folded()`.
     Initialised as PyTorch does, which is also what the original effectively trains from (its normal(0, 0.02) is written
-    into tensors that weight norm recomputes before their first use).
-    """
+    into tensors that weight norm recomputes before their first use)."""
 
     Config = VocoderConfig
 
@@ -209,8 +204,7 @@ class Vocoder(nn.Module):
         """`forward` without gradients for any L >= 1, `chunk` frames at a time, so that memory does not grow with L.
 
         Each chunk sees `context` frames more to either side, so the result is `forward`'s up to rounding. A mel shorter
-        than `least_frames` is lengthened by its last frame first.
-        """
+        than `least_frames` is lengthened by its last frame first."""
         B, _, L = mel.shape
         hop, context = self.config.hop, self.context
         if 0 < L < self.least_frames:
@@ -251,8 +245,7 @@ class DiscriminatorConfig:
 class Discriminator(nn.Module):
     """MelGAN's multi-scale discriminator, weight-normed. Wave (B, S) -> per scale, a list of features (B, C, S').
 
-    The last feature of each scale is its score (B, 1, S'): 1 for real and 0 for made, under the losses below.
-    """
+    The last feature of each scale is its score (B, 1, S'): 1 for real and 0 for made, under the losses below."""
 
     Config = DiscriminatorConfig
 
@@ -288,16 +281,14 @@ class Discriminator(nn.Module):
 def discriminator_loss(real, fake):
     """Least squares, HiFi-GAN Eq. 1, summed over scales: mean (score(real) - 1)^2 + mean score(fake)^2.
 
-    `real` and `fake` are the discriminator's results for the true wave and for the generator's, detached.
-    """
+    `real` and `fake` are the discriminator's results for the true wave and for the generator's, detached."""
     return sum((r[-1].float() - 1).square().mean() + f[-1].float().square().mean() for r, f in zip(real, fake))
 
 
 def mel_loss(output, wave, config):
     """HiFi-GAN Eq. 3: mean absolute difference of the natural-log mels of two waves (B, S). Scalar.
 
-    HiFi-GAN takes natural logarithms, our mel log10: hence the factor ln 10.
-    """
+    HiFi-GAN takes natural logarithms, our mel log10: hence the factor ln 10."""
     return F.l1_loss(log_mel(output, config), log_mel(wave, config)) * math.log(10)
 
 
@@ -314,8 +305,7 @@ def generator_loss(real, fake, wave, output, config, feature_weight=2.0, mel_wei
     """HiFi-GAN Eq. 2, 3, 4 and 5: how far `output` (B, S) is from passing for `wave` (B, S).
 
     `real`, `fake` are the discriminator's results for the two. Features are matched over every layer, the score
-    included, and summed over layers and scales, as HiFi-GAN does; gradients flow through `output` and `fake` only.
-    """
+    included, and summed over layers and scales, as HiFi-GAN does; gradients flow through `output` and `fake` only."""
     adversarial = sum((f[-1].float() - 1).square().mean() for f in fake)
     features = sum(F.l1_loss(b.float(), a.detach().float()) for r, f in zip(real, fake) for a, b in zip(r, f))
     mel = mel_loss(output, wave, config)
@@ -340,8 +330,7 @@ def multi_resolution_stft(output, wave):
     """Distance (B,) of two waves (B, S), not symmetric: `wave` is the truth. 0 for equal ones, about 1 if good.
 
     Spectral convergence plus mean absolute natural-log magnitude difference, averaged over three resolutions; windows,
-    hops and floor of Parallel WaveGAN (arXiv 1910.11480, Eq. 4-6). Raises ValueError if shapes differ or S < 1025.
-    """
+    hops and floor of Parallel WaveGAN (arXiv 1910.11480, Eq. 4-6). Raises ValueError if shapes differ or S < 1025."""
     if output.shape != wave.shape or wave.ndim != 2 or wave.shape[1] < 1025:
         raise ValueError(f"multi_resolution_stft: expected two waves (B, S), S at least 1025, "
                          f"got {tuple(output.shape)} and {tuple(wave.shape)}")
@@ -369,8 +358,7 @@ def _overlap_add(spectrum, config):
 def griffin_lim(mel, config, iterations=32, seed=0, momentum=0.99):
     """The baseline: mel (B, M, L) -> wave (B, L*hop), no network (Griffin and Lim 1984; momentum: Perraudin 2013).
 
-    Magnitudes are the non-negative ones that the mel fits best (100 multiplicative updates); phases start at random.
-    """
+    Magnitudes are the non-negative ones that the mel fits best (100 multiplicative updates); phases start at random."""
     filters = mel_filters(config).to(mel.device)  # (M, F)
     target = 10 ** mel.float()
     magnitude = filters.T @ target + 1e-8  # (B, F, L)
@@ -393,6 +381,7 @@ KNOWN_FILES = {  # a piece of a tensor's name -> what a file with it looks like
     "melgan.": "ParallelWaveGAN's MelGAN, another layout",
     "first.": "a cmmd vocoder without its header",
     "quant_conv": "an image autoencoder (see vae.py)",
+    "model.1.": "a changed MelGAN generator",
 }
 
 
@@ -402,57 +391,20 @@ def load(path, **mel_settings):
     The latter (`.pt` or `.safetensors`, weight-normed by torch's old or new names, or folded) doesn't say which mel it
     was trained on: where `mel_settings` doesn't give these fields of `VocoderConfig`, the original's are assumed
     (sample_rate=22050, n_fft=1024, f_min=0, f_max=half the sample rate). Every other size is read off the tensors.
-    Raises ValueError, in one line, for a file that is missing or holds anything else.
-    """
-    tensors, ours = _read(path)
-    if ours:
+    Raises ValueError, in one line, for a file that is missing or holds anything else."""
+    tensors = read_tensors(path, "MelGAN vocoder")
+    if tensors is None:
         if mel_settings:
             raise ValueError(f"{path}: carries its own mel settings, {', '.join(mel_settings)} cannot be given")
-        from cmmd import load as load_ours
-        return load_ours(path, Vocoder)
+        return cmmd.load(path, Vocoder)
     tensors = fold_weight_norm(tensors)
     try:
         config = _sizes(tensors, mel_settings)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    names = _published_names(config)
-    missing, extra = [n for n in names if n not in tensors], [n for n in tensors if n not in names]
-    if missing or extra:
-        hints = [text for piece, text in KNOWN_FILES.items() if any(piece in n for n in tensors)]
-        looks = hints[0] if hints else "another network" if len(missing) == len(names) else "a changed MelGAN generator"
-        raise ValueError(f"{path}: not a MelGAN generator's state dict, it looks like {looks}; "
-                         f"missing: {first_few(missing)}; extra: {first_few(extra)}")
-    vocoder = Vocoder(config)
-    wanted = vocoder.state_dict()
-    for theirs, name in names.items():
-        if tensors[theirs].shape != wanted[name].shape:
-            raise ValueError(f"{path}: {theirs} is {tuple(tensors[theirs].shape)}, the other tensors imply "
-                             f"{tuple(wanted[name].shape)}")
-    vocoder.load_state_dict({name: tensors[theirs] for theirs, name in names.items()})
-    return vocoder.eval()
-
-
-def _read(path):
-    """The tensors of a `.safetensors` file or of a pickled state dict, by name, and whether the file is one of ours."""
-    from safetensors import safe_open
-    try:
-        if Path(path).suffix == ".safetensors":
-            with safe_open(str(path), "pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}, "class" in (file.metadata() or {})
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: there is no such file") from None
-    except Exception as error:  # whatever a damaged or foreign file provokes
-        raise ValueError(f"{path}: neither a safetensors file nor a pickled state dict of nothing but tensors "
-                         f"({type(error).__name__})") from None
-    for key in ("state_dict", "generator", "model"):  # a training checkpoint around it
-        content = content[key] if isinstance(content, dict) and isinstance(content.get(key), dict) else content
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds a {type(content).__name__}, expected a state dict of tensors")
-    tensors = {str(name).removeprefix("module."): x for name, x in content.items() if isinstance(x, torch.Tensor)}
-    if not tensors:
-        raise ValueError(f"{path}: a dict of {first_few(map(str, content))}, expected a state dict of tensors")
-    return tensors, False
+    with torch.device("meta"):  # no random weights
+        vocoder = Vocoder(config)
+    return fit_tensors(path, tensors, _published_names(config), vocoder, "MelGAN generator", KNOWN_FILES)
 
 
 def _sizes(tensors, mel_settings):
@@ -485,30 +437,12 @@ def _published_names(config):
     return {f"{theirs}.{kind}": f"{name}.{kind}" for name, theirs in ours.items() for kind in ("weight", "bias")}
 
 
-def main(arguments=None):
+def main(argv=None):
     """The command line: `python vocoder.py convert IN OUT.safetensors`. Exit status 2 and one line for bad input."""
-    parser = argparse.ArgumentParser(description="Vocoder weights.")
-    convert = parser.add_subparsers(required=True, metavar="convert").add_parser(
-        "convert", help="melgan-neurips generator weights (or ours) -> our safetensors file")
-    convert.add_argument("source", metavar="IN", help="state dict, .pt or .safetensors")
-    convert.add_argument("target", metavar="OUT.safetensors")
-    for name, kind, text in (("sample_rate", int, "Hz (22050)"), ("n_fft", int, "samples (1024)"),
-                             ("f_min", float, "Hz (0)"), ("f_max", float, "Hz (half the sample rate)")):
-        convert.add_argument("--" + name.replace("_", "-"), type=kind, default=argparse.SUPPRESS,
-                             help=f"the mel that IN was trained on, {text}")
-    options = vars(parser.parse_args(arguments))
-    source, target = options.pop("source"), options.pop("target")
-    try:
-        if Path(target).suffix != ".safetensors":
-            raise ValueError(f"{target}: the output's name must end in .safetensors")
-        vocoder = load(source, **options)
-        from cmmd import save
-        save(target, vocoder)
-    except ValueError as error:
-        print(f"vocoder.py: {error}", file=sys.stderr)
-        return 2
-    print(f"{target}: {sum(x.numel() for x in vocoder.parameters()) / 1e6:.1f} M parameters, {vocoder.config}")
-    return 0
+    text = "the mel that IN was trained on, {}".format
+    options = {"sample_rate": (int, text("Hz (22050)")), "n_fft": (int, text("samples (1024)")),
+               "f_min": (number(), text("Hz (0)")), "f_max": (number(), text("Hz (half the sample rate)"))}
+    return cmmd.convert("vocoder.py", load, options, argv)
 
 
 if __name__ == "__main__":
