@@ -3,7 +3,7 @@
   cmmd        files, schedule, model, losses, sampler with oracles, windows, the gradient of Eq. 3
   vae         sizes, chunks, the quick start
   vocoder     stored outputs of the originals (melgan-neurips, librosa, HiFi-GAN), closed forms
-  data        media made here with ffmpeg, and the real files of ../shared/data where they are; the world bounce
+  data        media made here with ffmpeg, and the real files of ../shared/data where they are; the worlds
   sample      the user's door with small random networks: what goes in and out, not how it sounds
   train       exact resume, what the command line refuses
   evaluate    closed forms, the detector on the world's true sounds
@@ -37,7 +37,7 @@ import cmmd
 from cmmd import (
     CMMD, CMMDConfig, Windows, atomic, averaging, data, denoise, diffuse, draw_times, evaluate, generate, interpolation,
     joint_loss, mel_frames, sample as sampling, save, train, vae as vae_module, velocity, vocoder as vocoder_module)
-from cmmd.data import KIND_PITCH, TRAINING_SEED, bounce
+from cmmd.data import KIND_HUE, KIND_PITCH, STYLES, TEMPI, TRAINING_SEED, bounce, dance
 from cmmd.sample import Clip, load_models, sample
 from cmmd.vae import VAE, VAEConfig, quick_start, vae_loss
 from cmmd.vocoder import (
@@ -1440,6 +1440,90 @@ def test_data_held_out_seeds_are_never_trained_on():
     assert len(drawn) == 96 and min(drawn) >= TRAINING_SEED
     held_out = (sampling.DEMO_SEED, evaluate.TEST_SEED, evaluate.TEST_SEED + 10_000, train.VALIDATION_SEED + 10_000)
     assert max(held_out) < TRAINING_SEED
+
+
+# ==== data: the world dance
+
+
+def test_data_dance_is_a_function_of_its_seed():
+    clip, again, other = dance(5), dance(5), dance(6)
+    assert clip.video.shape == (18, 64, 64, 3) and clip.video.dtype == np.uint8
+    assert clip.audio.shape == (28800,) and clip.audio.dtype == np.float32 and np.abs(clip.audio).max() <= 1
+    for a, b in zip(clip, again):
+        assert np.array_equal(a, b)
+    assert not np.array_equal(clip.video, other.video) and not np.array_equal(clip.audio, other.audio)
+    for changed in (dance(5, fps=25, size=32), dance(5, size=0)):  # drawn otherwise, the same events and sound
+        assert np.array_equal(changed.times, clip.times) and np.array_equal(changed.audio, clip.audio)
+    longer = dance(5, seconds=7.5)  # the same dance goes on
+    assert np.array_equal(longer.audio[:28800], clip.audio)
+    assert np.array_equal(longer.times[: len(clip.times)], clip.times)
+    assert np.abs(longer.video[:18].astype(float) - clip.video).mean() < 4  # but for sensor noise and compression
+
+
+def test_data_dance_beats_are_the_grid_of_its_tempo():
+    clips = [dance(seed, seconds=3.6, size=0) for seed in range(300)]
+    assert {int(clip.kinds[0]) for clip in clips} == set(range(len(STYLES)))
+    tempi = [clip.tempo for clip in clips]
+    assert TEMPI[0] <= min(tempi) < TEMPI[0] + 2 and TEMPI[1] - 2 < max(tempi) <= TEMPI[1]
+    for clip in clips:
+        period = 60 / clip.tempo
+        assert np.allclose(np.diff(clip.times), period)
+        assert len(set(clip.kinds)) == 1 and len(clip.kinds) == len(clip.times)
+        assert 0 <= clip.times[0] < period and 3.6 - period <= clip.times[-1] < 3.6
+    assert 0.2 < np.mean([clip.times[0] * clip.tempo / 60 for clip in clips]) < 0.8  # any phase
+
+
+def test_data_dance_every_beat_is_heard():
+    clips = [dance(seed, seconds=3.6, size=0) for seed in range(600_000, 600_040)]
+    found, true = [evaluate.onsets(mel, HOP_SECONDS) for mel in true_mels(clips)], [clip.times for clip in clips]
+    assert evaluate.scores(evaluate.event_counts(found, true, 0.05).sum(0)).recall >= 0.97
+    for clip, _ in zip(clips, range(10)):  # each as loud as the others, and louder than what is between two beats
+        period, loud = 60 / clip.tempo, lambda time: np.square(clip.audio[round(time * 16000) :][:1600]).mean()
+        beats = [loud(t) for t in clip.times if t < 3.4]
+        assert max(beats) < 2 * min(beats) and np.mean([loud(t - period / 2) for t in clip.times[1:]]) < min(beats) / 3
+
+
+def test_data_dance_beats_are_found_by_librosa():
+    librosa = pytest.importorskip("librosa", reason="librosa is not installed")
+    rates = []
+    for seed in range(600_000, 600_030):
+        clip = dance(seed, seconds=3.6, size=0)
+        wave = librosa.resample(clip.audio, orig_sr=16000, target_sr=22050)
+        beats = librosa.beat.beat_track(y=wave, sr=22050, units="time")[1]
+        rates.append(len(evaluate.match(beats, clip.times, 0.1)) / len(clip.times))
+    assert np.mean(rates) >= 0.85  # 0.91 over 100 clips; what it misses is mostly the first or last beat
+
+
+def test_data_dance_turns_round_on_the_beat():
+    for seed in range(600_000, 600_012):
+        clip = dance(seed, seconds=2.5, fps=50)
+        change = np.abs(np.diff(clip.video.astype(np.int16), axis=0)).mean((1, 2, 3))  # at (k + 1)/50 s
+        moved = lambda time: change[max(0, round(time * 50) - 2) : round(time * 50) + 1].mean()
+        still, period = np.percentile(change, 2), 60 / clip.tempo  # noise and compression change pictures too
+        for time in clip.times[(clip.times > 0.1) & (clip.times < 2.4 - period / 2)]:
+            assert moved(time) - still < 0.5 * (moved(time + period / 2) - still), (seed, time)
+        figure = data._Figure(np.random.default_rng(seed), int(clip.kinds[0]), 0.8)
+        points = lambda beat: np.array([*figure.joints(beat)[:2], *sum(figure.joints(beat)[2], [])])
+        for beat in range(-2, 3):  # and exactly: everything is at rest, the hips at their lowest, the pose the other one
+            before, now, after = points(beat - 0.01), points(beat), points(beat + 0.01)
+            assert np.allclose(before, after) and np.abs(after - now).max() < 0.002
+            assert now[1, 1] < points(beat + 0.2)[1, 1] and np.abs(now - points(beat + 1)).max() > 0.1
+
+
+def test_data_dance_style_is_seen_and_heard():
+    clips = [dance(seed) for seed in range(600_000, 600_160)]
+    styles = np.array([clip.kinds[0] for clip in clips])
+    grey = lambda rgb: rgb - rgb.mean(-1, keepdims=True)
+    hues = grey(np.stack([data._rgb(hue, 1.0, 1.0) for hue in KIND_HUE]))
+    shirts = []
+    for clip in clips:  # the most colourful hundredth of the pixels
+        colours = grey(clip.video.reshape(-1, 3).astype(float))
+        strong = colours[np.argsort((colours**2).sum(1))[-len(colours) // 100 :]].mean(0)
+        shirts.append((hues @ strong / np.linalg.norm(hues, axis=1)).argmax())
+    assert np.mean(shirts == styles) >= 0.9
+    x = np.stack([[*mel.mean(1), 1.0] for mel in true_mels(clips)])  # ridge regression from the mean mel
+    fit = np.linalg.solve(x[:100].T @ x[:100] + 0.1 * np.eye(81), x[:100].T @ np.eye(len(STYLES))[styles[:100]])
+    assert np.mean((x[100:] @ fit).argmax(1) == styles[100:]) >= 0.9
 
 
 # ==== sample
