@@ -1504,7 +1504,7 @@ def test_data_dance_turns_round_on_the_beat():
             assert moved(time) - still < 0.5 * (moved(time + period / 2) - still), (seed, time)
         figure = data._Figure(np.random.default_rng(seed), int(clip.kinds[0]), 0.8)
         points = lambda beat: np.array([*figure.joints(beat)[:2], *sum(figure.joints(beat)[2], [])])
-        for beat in range(-2, 3):  # and exactly: everything is at rest, the hips at their lowest, the pose the other one
+        for beat in range(-2, 3):  # exactly: everything is at rest, the hips at their lowest, the pose the other one
             before, now, after = points(beat - 0.01), points(beat), points(beat + 0.01)
             assert np.allclose(before, after) and np.abs(after - now).max() < 0.002
             assert now[1, 1] < points(beat + 0.2)[1, 1] and np.abs(now - points(beat + 1)).max() > 0.1
@@ -1988,6 +1988,51 @@ def test_evaluate_write_result(tmp_path):
     assert json.loads((tmp_path / "a.json").read_text()) == result
     evaluate.write_result(tmp_path / "a.csv", result)
     assert (tmp_path / "a.csv").read_text().splitlines()[0] == "sound,f1_50,onsets"
+
+
+def picture_scores(world, clips, videos):
+    """F1 at 50 and 100 ms of the events seen in the videos, and how often their kind is right."""
+    row = evaluate.picture_row("", videos, clips, world)
+    return row["f1_50"], row["f1_100"], row["kind"]
+
+
+@pytest.mark.parametrize("world, least", [(bounce, (0.84, 0.91, 0.98)), (dance, (0.93, 0.95, 0.98))])
+def test_evaluate_picture_events_ceiling_and_chance(world, least):
+    """The true frames of seeds that no constant was tuned on."""
+    clips = [world(seed) for seed in range(600_000, 600_060)]
+    name, videos = world.__name__, [clip.video for clip in clips]
+    assert all(np.greater_equal(picture_scores(name, clips, videos), least))
+    assert picture_scores(name, clips, videos[1:] + videos[:1])[1] < 0.5  # another clip's picture: chance
+
+
+def test_evaluate_picture_events_between_frames():
+    """A ball on a plain wall, drawn without noise: its touches are timed to 20 ms. A swinging bar: its turns to 40."""
+    touches = [(-0.2, 0, 0.6), (0.43, 0, 0.63), (0.98, 0, 0.55), (1.56, 0, 0.58), (2.2, 0, 0.64)]
+    for kind in range(5):
+        ball = data._Ball(np.random.default_rng(kind), 0, kind, touches, 4.0, 5.3)
+        frames = np.full((18, 64, 64, 3), 0.5, np.float32)
+        for k, frame in enumerate(frames):
+            ball.draw(frame, (k + 0.5) / 10, 0.85, 1.0, False)
+        times, kinds = evaluate.picture_events((frames * 255).astype(np.uint8), 10, "bounce")
+        assert len(times) == 3 and np.abs(times - [0.43, 0.98, 1.56]).max() < 0.02 and set(kinds) == {kind}
+    frame_times = (np.arange(36)[:, None] + 0.5) / 10
+    for first, period in ((0.13, 0.5), (0.3, 0.62), (0.05, 0.7)):
+        x = (np.arange(64) + 0.5) / 64 - 0.5 - 0.2 * np.cos(np.pi * (frame_times - first) / period)
+        bars = np.where(np.abs(x) < 0.05, 255, 0).astype(np.uint8)  # (T, W)
+        times, _ = evaluate.picture_events(np.tile(bars[:, None, :, None], (1, 64, 1, 3)), 10, "dance")
+        true = np.arange(first, 3.6, period)
+        assert len(evaluate.match(times, true, 0.04)) == len(true) == len(times)
+
+
+def test_evaluate_picture_events_of_nothing_and_of_other_arrays():
+    still = np.repeat(bounce(1).video[:1], 18, axis=0)
+    for world in ("bounce", "dance"):
+        for frames in (still, still[:1], np.zeros((18, 64, 64, 3), np.uint8)):
+            assert [len(part) for part in evaluate.picture_events(frames, 10, world)] == [0, 0]
+        with pytest.raises(ValueError, match=r"expected frames uint8 \(T, H, W, 3\), got float64"):
+            evaluate.picture_events(still / 255, 10, world)
+    with pytest.raises(ValueError, match="choose bounce or dance"):
+        evaluate.picture_events(still, 10, "drums")
 
 
 # ==== packaging
