@@ -1190,24 +1190,96 @@ def test_data_centre_square_of_square_pixels(tmp_path, size, sar):
     assert np.abs(got[..., 0] - 255 * (x**2 + y**2 < 25.6**2)).mean() < 10
 
 
+MEDIA = {  # what a file may hold: its extension, how ffmpeg makes it
+    "H.264, B-frames": ("mp4", "-c:v libx264 -bf 3 -pix_fmt yuv420p"),
+    "H.264 10 bit": ("mov", "-c:v libx264 -pix_fmt yuv420p10le"),
+    "H.264 4:4:4": ("mkv", "-c:v libx264 -pix_fmt yuv444p"),
+    "H.264 full range": ("mp4", "-c:v libx264 -vf scale=out_range=pc -pix_fmt yuvj420p -color_range pc"),
+    "H.264 in fragments": ("mp4", "-c:v libx264 -pix_fmt yuv420p -movflags frag_keyframe+empty_moov -g 10"),
+    "H.264, interlaced": ("ts", "-c:v libx264 -pix_fmt yuv420p -flags +ildct+ilme -x264opts tff=1"),
+    "HEVC": ("mp4", "-c:v libx265 -x265-params log-level=error -pix_fmt yuv420p -tag:v hvc1"),
+    "HEVC 10 bit": ("mkv", "-c:v libx265 -x265-params log-level=error -pix_fmt yuv420p10le"),
+    "AV1": ("mp4", "-c:v libsvtav1 -preset 12 -svtav1-params lp=1 -crf 20 -pix_fmt yuv420p"),
+    "AV1 10 bit": ("mkv", "-c:v libsvtav1 -preset 12 -svtav1-params lp=1 -crf 20 -pix_fmt yuv420p10le"),
+    "VP8, Vorbis": ("webm", "-c:v libvpx -deadline realtime -b:v 2M -c:a libvorbis"),
+    "VP9, Opus": ("webm", "-c:v libvpx-vp9 -deadline realtime -cpu-used 8 -b:v 2M -c:a libopus"),
+    "VP9 10 bit": ("webm", "-c:v libvpx-vp9 -deadline realtime -cpu-used 8 -b:v 2M -pix_fmt yuv420p10le -profile:v 2"),
+    "webm without duration": ("webm", "-c:v libvpx-vp9 -deadline realtime -cpu-used 8 -b:v 2M -live 1"),
+    "MPEG-2": ("ts", "-c:v mpeg2video -q:v 2"),
+    "Motion JPEG, PCM": ("avi", "-c:v mjpeg -pix_fmt yuvj420p -q:v 2 -c:a pcm_s16le"),
+    "ProRes, 24 bit PCM": ("mov", "-c:v prores_ks -c:a pcm_s24le"),
+    "WMV": ("wmv", "-c:v wmv2 -q:v 2"),
+    "FLV": ("flv", "-c:v flv -q:v 2 -ar 22050"),
+    "5.1 AC-3": ("mkv", "-c:v libx264 -pix_fmt yuv420p -c:a ac3 -ac 6"),
+    "8 kHz sound": ("mov", "-c:v libx264 -pix_fmt yuv420p -c:a pcm_s16le -ar 8000"),
+    "96 kHz FLAC": ("mkv", "-c:v libx264 -pix_fmt yuv420p -c:a flac -ar 96000"),
+    "starts at 7 s": ("mkv", "-c:v libx264 -pix_fmt yuv420p -output_ts_offset 7"),
+    "rotated": ("mov", "-c:v libx264 -pix_fmt yuv420p"),
+}
+
+
+@pytest.mark.parametrize("what", MEDIA)
+def test_data_media_of_every_kind_read_in_time(tmp_path, what):
+    """Time is burnt into the picture and a beep starts at 1.2 s: each sampled frame is the one on screen, its middle at
+    most half a frame from the sampled time; the beep is heard when it is seen to start."""
+    kind, options = MEDIA[what]
+    t = np.arange(32000) / 16000
+    data.write_clip(tmp_path / "beep.wav", audio=0.5 * np.sin(2 * np.pi * 1000 * t) * (t >= 1.2))
+    path = numbered(tmp_path / f"a.{kind}", 25, 50, "64x64", options, inputs=f"-i {tmp_path / 'beep.wav'}")
+    if what == "rotated":
+        ffmpeg("-display_rotation 90 -i", path, "-c copy", tmp_path / "turned.mov")
+        path = tmp_path / "turned.mov"
+    video, wave = data.read_video(path, size=16), data.read_audio(path)
+    assert len(video) == 20 and abs(len(wave) / 16000 - 2) < 0.1
+    error = (numbers(video) + 0.5) / 25 - (np.arange(20) + 0.5) / 10
+    assert np.abs(error).max() <= 0.5 / 25 + 0.001, error
+    assert abs(np.argmax(np.abs(wave) > 0.1) / 16000 - 1.2) < 0.025
+
+
 @pytest.mark.parametrize("kind, options", [
-    ("mp4", "-c:v libx265 -x265-params log-level=error"), ("mkv", "-c:v libsvtav1 -preset 12 -svtav1-params lp=1"),
-    ("webm", "-c:v libvpx -deadline realtime"), ("avi", "-c:v mjpeg -pix_fmt yuvj420p -q:v 2"),
-    ("mov", "-c:v libx264 -pix_fmt yuv420p10le"), ("ts", "-c:v libx264 -pix_fmt yuv420p"), ("gif", ""),
-])
-def test_data_reads_what_ffmpeg_reads(tmp_path, kind, options):
-    frames = np.zeros((12, 64, 96, 3), np.uint8)
-    frames[:6], frames[6:] = (200, 60, 30), (40, 90, 200)
+    ("mp3", ""), ("m4a", ""), ("ogg", "-c:a libvorbis"), ("opus", "-c:a libopus"), ("flac", ""), ("aiff", ""),
+    ("wav", "-c:a pcm_s24le"), ("wav", "-c:a pcm_u8"), ("mka", "-c:a libopus"), ("wma", "")])
+def test_data_sound_files_of_every_kind_are_sound_alone(tmp_path, kind, options):
+    t = np.arange(32000) / 16000
+    data.write_clip(tmp_path / "beep.wav", audio=0.5 * np.sin(2 * np.pi * 1000 * t) * (t >= 1.2))
     path = tmp_path / f"a.{kind}"
-    ffmpeg("-f rawvideo -pix_fmt rgb24 -s 96x64 -r 10 -i pipe:0", options, path, stdin=frames.tobytes())
-    video = data.read_video(tmp_path / f"a.{kind}")
-    assert video.shape == (12, 64, 64, 3)
-    assert np.abs(video.astype(int).mean((1, 2)) - frames.mean((1, 2))).max() < 12
+    ffmpeg("-i", tmp_path / "beep.wav", options, path)
+    wave = data.read_audio(path)
+    heard = np.argmax(np.abs(wave) > 0.1) / 16000
+    assert abs(len(wave) / 16000 - 2) < 0.1 and abs(heard - 1.2) < 0.05  # encoders' delays
+    with pytest.raises(ValueError, match="no picture") as error:
+        data.read_video(path)
+    one_line(error, path)
+
+
+def test_data_of_several_streams_the_first_counts(tmp_path):
+    """Two pictures, three sounds and subtitles in one file."""
+    first, other = numbered(tmp_path / "1.mov", 10, 20), numbered(tmp_path / "2.mov", 10, 40)
+    (tmp_path / "s.srt").write_text("1\n00:00:00,000 --> 00:00:01,000\nhello\n")
+    ffmpeg("-i", first, "-i", other, "-i", tmp_path / "s.srt", "-f lavfi -t 2 -i sine=440 -f lavfi -t 3 -i sine=880",
+           "-map 0:v -map 1:v -map 3:a -map 4:a -map 3:a -map 2:s",
+           "-c:v libx264 -pix_fmt yuv444p -qp 0 -c:a pcm_s16le -c:s srt", tmp_path / "a.mkv")
+    assert (numbers(data.read_video(tmp_path / "a.mkv")) == np.arange(20)).all()
+    wave = data.read_audio(tmp_path / "a.mkv")[:16000]
+    assert np.abs(np.fft.rfft(wave)).argmax() == 440
+
+
+@pytest.mark.parametrize("frames", [1, 3, 10])
+def test_data_short_clips_are_read_whole(tmp_path, frames):
+    """One frame, less than a window, one second; with a silent sound track, which is a sound, or without."""
+    silent = numbered(tmp_path / "a.mp4", 10, frames, "32x32", "-c:v libx264 -pix_fmt yuv444p -qp 0 -shortest",
+                      inputs=f"-f lavfi -t {frames / 10} -i anullsrc=r=16000")
+    assert (numbers(data.read_video(silent)) == np.arange(frames)).all()
+    wave = data.read_audio(silent)
+    assert not wave.any() and abs(len(wave) / 16000 - frames / 10) < 0.15
+    with pytest.raises(ValueError, match="has no sound"):
+        data.read_audio(numbered(tmp_path / "mute.mov", 10, frames))
 
 
 @pytest.mark.parametrize("kind, options, delay", [
     ("mp4", "", 0.0), ("mp4", "", 0.3), ("mkv", "-c:a libopus", 0.3), ("mp4", "-ss 0.4", 0.0),
-    ("ts", "-c:v mpeg2video", 0.0),
+    ("ts", "-c:v mpeg2video", 0.0), ("avi", "-c:v mpeg4 -c:a libmp3lame", 0.0),
+    ("mp4", "-vf select='not(mod(n,3))+lt(mod(n,11),4)' -fps_mode vfr", 0.0),
     ("mov", "-output_ts_offset 5", 0.2), ("mp4", "-filter:v setpts=PTS+0.2/TB -filter:a asetpts=PTS+0.2/TB", 0.0),
 ])
 def test_data_sound_and_picture_stay_aligned(tmp_path, kind, options, delay):
@@ -1495,8 +1567,8 @@ def test_data_dance_beats_are_found_by_librosa():
 
 
 def test_data_dance_turns_round_on_the_beat():
-    for seed in range(600_000, 600_012):
-        clip = dance(seed, seconds=2.5, fps=50)
+    for seed in range(600_000, 600_006):
+        clip = dance(seed, seconds=2.5, fps=50, size=32)
         change = np.abs(np.diff(clip.video.astype(np.int16), axis=0)).mean((1, 2, 3))  # at (k + 1)/50 s
         moved = lambda time: change[max(0, round(time * 50) - 2) : round(time * 50) + 1].mean()
         still, period = np.percentile(change, 2), 60 / clip.tempo  # noise and compression change pictures too
@@ -1998,8 +2070,9 @@ def picture_scores(world, clips, videos):
 
 @pytest.mark.parametrize("world, least", [(bounce, (0.84, 0.91, 0.98)), (dance, (0.93, 0.95, 0.98))])
 def test_evaluate_picture_events_ceiling_and_chance(world, least):
-    """The true frames of seeds that no constant was tuned on."""
-    clips = [world(seed) for seed in range(600_000, 600_060)]
+    """True frames of seeds that no constant was tuned on; on test seeds 0 to 199: bounce 0.914, 0.959 and 1.000, dance
+    0.952, 0.979 and 1.000."""
+    clips = [world(seed) for seed in range(600_000, 600_040)]
     name, videos = world.__name__, [clip.video for clip in clips]
     assert all(np.greater_equal(picture_scores(name, clips, videos), least))
     assert picture_scores(name, clips, videos[1:] + videos[:1])[1] < 0.5  # another clip's picture: chance
