@@ -4,7 +4,7 @@
   reading             Video (a file's frames, chunk by chunk), read_video, read_audio
   writing             write_clip (frames and sound), add_audio (a file's own picture with a new sound)
   cache               clips encoded once: encode_files, write_encoded; open_encoded, EncodedClip, read by slice
-  worlds              procedural clips whose event times are known
+  worlds              procedural clips whose event times are known: bounce (impacts), dance (beats)
 
 Everything goes through the ffmpeg binary that imageio-ffmpeg brings, so whatever ffmpeg reads, we read; it crops and
 scales, so that no whole file is ever held at full size. A clip starts where its picture starts, or, if it has none,
@@ -469,12 +469,42 @@ def encode_files(paths, folder, vae, fps, size, sample_rate, shortest, say=print
 KIND_PITCH = (240.0, 400.0, 660.0, 1080.0, 1760.0)  # Hz, fundamental of each kind of ball
 KIND_DECAY = (0.16, 0.13, 0.10, 0.08, 0.06)  # s, time constant of each kind's ring
 KIND_HUE = (0.0, 0.14, 0.36, 0.60, 0.82)  # red, yellow, green, blue, magenta
+TEMPI = (80.0, 130.0)  # beats a minute that `dance` draws from
 TRAINING_SEED = 1_000_000  # a training never draws a smaller seed: what is below is held out
+
+
+class Style(NamedTuple):
+    """A way to dance: two key poses, reached on every other beat, and what the music is played on.
+
+    A pose, in figure heights and degrees: sway of the hips, lean of the neck, the feet's distance from the middle,
+    lifts of the left and right foot, angles of the left upper and lower arm and of the right ones, outward from
+    hanging."""
+
+    poses: tuple
+    crouch: float  # how far the hips go down on every beat, in figure heights
+    hop: float  # how high the figure is in the air between two beats
+    drum: float  # Hz
+    tick: float  # s, time constant of the cymbal on and between the beats
+    lead: tuple  # melody: lowest pitch in Hz, time constants of its decay and of its rise in s, and its partials
+
+
+STYLES = (  # of `dance`: kind 0 bobs, 1 steps from side to side, 2 waves, 3 jumps, 4 points; shirts have KIND_HUE
+    Style(((0.02, 0.03, 0.12, 0, 0, 150, 165, -15, -40), (-0.02, -0.03, 0.12, 0, 0, -15, -40, 150, 165)),
+          0.14, 0.00, 58, 0.05, (392, 0.15, 0.002, (1.0, 0.0, 0.4, 0.0, 0.2))),
+    Style(((-0.16, -0.04, 0.13, 0, 0.12, 95, 75, -30, -15), (0.16, 0.04, 0.13, 0.12, 0, -30, -15, 95, 75)),
+          0.06, 0.00, 88, 0.12, (784, 0.30, 0.002, (1.0, 0.0, 0.0, 0.3))),
+    Style(((-0.05, -0.10, 0.15, 0, 0, 115, 95, 180, 215), (0.05, 0.10, 0.15, 0, 0, 180, 215, 115, 95)),
+          0.05, 0.00, 48, 0.06, (262, 0.90, 0.050, (1.0, 0.6, 0.4))),
+    Style(((0.00, 0.00, 0.05, 0, 0, 15, 10, 15, 10), (0.00, 0.00, 0.20, 0, 0, 140, 165, 140, 165)),
+          0.08, 0.12, 120, 0.04, (1047, 0.07, 0.002, (1.0, 0.7, 0.5, 0.3))),
+    Style(((-0.07, -0.07, 0.16, 0, 0, 60, -70, 140, 140), (0.07, 0.05, 0.16, 0, 0, 60, -70, -35, -35)),
+          0.06, 0.00, 70, 0.20, (523, 0.20, 0.020, (1.0, 0.9, 0.0, 0.8))),
+)
 
 
 class WorldClip(NamedTuple):
     """A clip of a world: video uint8 (T, H, W, 3), audio float32 (S,), fps, sample_rate, and its events:
-    times (N,) in seconds from the clip's start and kinds (N,) int."""
+    times (N,) in seconds from the clip's start and kinds (N,) int; of `dance` also its tempo in beats a minute."""
 
     video: np.ndarray
     audio: np.ndarray
@@ -482,6 +512,7 @@ class WorldClip(NamedTuple):
     sample_rate: int
     times: np.ndarray
     kinds: np.ndarray
+    tempo: float | None = None
 
 
 def bounce(seed, seconds=1.8, fps=10, size=64, sample_rate=16000):
@@ -538,10 +569,15 @@ def _bounce_sound(rng, touches, kinds, gravity, seconds, sample_rate):
         ring = np.sin(2 * np.pi * pitch * t) + 0.3 * np.sin(2 * np.pi * 2.1 * pitch * t) * np.exp(-t / 0.05)
         sound = ring * np.exp(-t / KIND_DECAY[kind]) * np.minimum(t / 0.002, 1.0)
         sound = loud * (sound + 0.5 * rng.standard_normal(len(t)) * np.exp(-t / 0.008))
-        skip = max(0, -first)
-        n = min(S, first + len(t)) - max(0, first)
-        wave[max(0, first) : max(0, first) + n] += sound[skip : skip + n]
+        _mix(wave, first, sound)
     return np.clip(wave, -1, 1).astype(np.float32)
+
+
+def _mix(wave, first, sound):
+    """Add to a wave the part of a sound that falls into it; the sound's first sample lies at `first`, also below 0."""
+    skip, n = max(0, -first), min(len(wave), first + len(sound)) - max(0, first)
+    if n > 0:
+        wave[max(0, first) : max(0, first) + n] += sound[skip : skip + n]
 
 
 def _bounce_picture(rng, touches, kinds, gravity, seconds, fps, size):
@@ -553,10 +589,7 @@ def _bounce_picture(rng, touches, kinds, gravity, seconds, fps, size):
     scene, floor = _backdrop(rng, size)
     beyond = seconds + 3.5  # where a ball that is still in the air at the end comes down
     balls = [_Ball(rng, ball, kinds[ball], touches, gravity, beyond) for ball in sorted({b for _, b, _ in touches})]
-    times = (np.arange(T) + 0.5) / fps
-    if fps <= 10 and rng.random() < 0.5:  # as read from a source of another rate
-        source = rng.choice([12, 15, 24, 25, 30, 50])
-        times = (np.floor(times * source) + 0.5) / source
+    times = _frame_times(rng, T, fps)
     video = np.repeat(scene[None], T, axis=0)
     softness = rng.uniform(0.8, 1.6)
     shadow = rng.random() < 0.6
@@ -564,6 +597,15 @@ def _bounce_picture(rng, touches, kinds, gravity, seconds, fps, size):
         for ball in balls:
             ball.draw(frame, t, floor, softness, shadow)
     return _degrade(rng, video)
+
+
+def _frame_times(rng, T, fps):
+    """What time each frame shows (T,)."""
+    times = (np.arange(T) + 0.5) / fps
+    if fps <= 10 and rng.random() < 0.5:  # as read from a source of another rate
+        source = rng.choice([12, 15, 24, 25, 30, 50])
+        times = (np.floor(times * source) + 0.5) / source
+    return times
 
 
 class _Ball:
@@ -607,6 +649,134 @@ class _Ball:
                 light = light * np.where(np.abs(dx * np.cos(a) + dy * np.sin(a)) < 0.2, 0.6, 1.0)
             return np.clip(self.colour * light[..., None], 0, 1)
         return shade
+
+
+def dance(seed, seconds=1.8, fps=10, size=64, sample_rate=16000):
+    """The `dance` world: a figure moves to music, a clip of `seconds` at `fps` and `size` pixels -> WorldClip.
+
+    `times` are the beats, a grid of TEMPI beats a minute and any phase; `kinds` is the same for all of them, one of
+    STYLES, to be seen in moves and shirt and heard in drum, cymbal and melody. On every beat the drum sounds, equally
+    loud, and the figure turns round at its lowest: between beats it swings from one key pose to the other. The same
+    seed gives the same dance, however long; `size` and `fps` only change how it is drawn, size 0 not at all."""
+    rng = np.random.default_rng([seed, 3])
+    kind, tempo = int(rng.integers(len(STYLES))), rng.uniform(*TEMPI)
+    period = 60 / tempo
+    first = rng.uniform(0, period)
+    audio = _dance_sound(np.random.default_rng([seed, 4]), STYLES[kind], first, period, seconds, sample_rate)
+    video = _dance_picture(np.random.default_rng([seed, 5]), kind, first, period, seconds, fps, size)
+    times = np.arange(first, seconds, period)
+    return WorldClip(video, audio, fps, sample_rate, times, np.full(len(times), kind), tempo)
+
+
+def _dance_sound(rng, style, first, period, seconds, sample_rate):
+    """Drum, cymbal and bass on every beat, a weaker cymbal between, a melody of 8 half beats -> float32 (S,)."""
+    t = np.arange(int(1.2 * sample_rate)) / sample_rate
+    root, loud = 2 ** (rng.uniform(-2, 2) / 12), rng.uniform(0.5, 1.0)
+    pitch, decay, rise, partials = style.lead
+    drum = np.sin(2 * np.pi * style.drum * (t - 0.06 * np.exp(-t / 0.03))) * np.exp(-t / 0.09)
+    tick = np.diff(rng.standard_normal(len(t) + 1)) * np.exp(-t / style.tick)
+    beat = 0.45 * drum + 0.12 * rng.uniform(0.7, 1.3) * tick
+    weak = 0.015 * rng.uniform(0.0, 1.0) * tick
+    scale = pitch * root * 2 ** (np.array([0, 3, 5, 7, 10]) / 12)
+    notes = [0.12 * np.exp(-t / decay) * (1 - np.exp(-t / rise)) * sum(
+        level * np.sin(2 * np.pi * (k + 1) * tone * t) for k, level in enumerate(partials)) for tone in scale]
+    bass = 0.12 * np.exp(-t / 0.25) * (1 - np.exp(-t / 0.004)) * sum(
+        np.sin(2 * np.pi * k * root * pitch * 2 ** -round(np.log2(pitch / 85)) * t) / k for k in (1, 2, 3))
+    melody, between = rng.integers(0, len(notes), 8), rng.random(8) < 0.3
+    wave = np.zeros(round(seconds * sample_rate))
+    for half in range(-2 * math.ceil((first + 1.2) / period), math.ceil(2 * (seconds - first) / period)):
+        start, note = round((first + half * period / 2) * sample_rate), notes[melody[half % 8]]
+        if half % 2 == 0:
+            _mix(wave, start, beat + bass + note)
+        else:
+            _mix(wave, start, weak + 0.2 * between[half % 8] * note)
+    noise = 10 ** rng.uniform(-4.3, -3.5) * rng.standard_normal(len(wave))  # last: a longer clip begins like a shorter
+    return np.clip(loud * wave + noise, -1, 1).astype(np.float32)
+
+
+def _dance_picture(rng, kind, first, period, seconds, fps, size):
+    """Draw the clip -> uint8 (T, size, size, 3), frame k as `_bounce_picture` does."""
+    T = int(np.ceil(seconds * fps - 1e-9))
+    if size == 0:
+        return np.zeros((T, 0, 0, 3), np.uint8)
+    scene, floor = _backdrop(rng, size)
+    figure = _Figure(rng, kind, floor + rng.uniform(0.0, 0.05))
+    softness, shadow = rng.uniform(0.8, 1.6), rng.random() < 0.6
+    video = np.repeat(scene[None], T, axis=0)
+    for frame, t in zip(video, _frame_times(rng, T, fps)):
+        figure.draw(frame, (t - first) / period, softness, shadow)
+    return _degrade(rng, video)
+
+
+class _Figure:
+    """A dancer's build, clothes and moves, seen from the front."""
+
+    def __init__(self, rng, kind, ground):
+        self.style, self.ground = STYLES[kind], ground
+        self.height, self.x = rng.uniform(0.62, 0.76), rng.uniform(0.4, 0.6)  # in picture heights
+        self.limb, self.girth, self.head = rng.uniform(0.048, 0.065), rng.uniform(0.07, 0.11), rng.uniform(0.085, 0.11)
+        self.vigour, self.late = rng.uniform(0.85, 1.15), rng.random() < 0.5  # which of the poses is on even beats
+        poses = np.array(self.style.poses)
+        poses[:, 5:] += rng.uniform(-10, 10, 4)
+        self.middle, self.swing = poses.mean(0), self.vigour * (poses[1] - poses[0]) / 2
+        hue = KIND_HUE[kind] + rng.uniform(-0.035, 0.035)
+        self.shirt = _rgb(hue, rng.uniform(0.75, 1.0), rng.uniform(0.75, 1.0))
+        self.trousers = _rgb(hue + rng.uniform(-0.05, 0.05), rng.uniform(0.3, 0.9), rng.uniform(0.25, 0.6))
+        self.skin = _rgb(0.07, rng.uniform(0.3, 0.6), rng.uniform(0.4, 0.95))
+
+    def joints(self, beat):
+        """Points (x, height above the ground) in figure heights, `beat` beats after the first: neck, hip, and of the
+        left and right side (shoulder, elbow, hand), (hip, knee, foot). All rest, and turn, at whole beats."""
+        sway, lean, feet, *rest = self.middle - self.swing * np.cos(np.pi * (beat + self.late))
+        lifts, arms = rest[:2], np.radians(rest[2:]).reshape(2, 2)
+        low = (1 + np.cos(2 * np.pi * beat)) / 2  # 1 on the beat
+        hop = self.vigour * self.style.hop * (1 - low)
+        hip = np.array([sway, 0.5 + hop - self.vigour * self.style.crouch * low])
+        neck = hip + (lean, 0.31)
+        limbs = []
+        for side, angles in zip((-1, 1), arms):
+            points = [neck + (0.09 * side, -0.02)]
+            for angle in angles:
+                points.append(points[-1] + 0.18 * np.array([side * np.sin(angle), -np.cos(angle)]))
+            limbs.append(points)
+        for side, lift in zip((-1, 1), lifts):
+            top, foot = hip + (0.05 * side, 0.0), np.array([side * feet, max(lift, 0.0) + hop + self.limb])
+            across = (foot - top)[::-1] * (-side, side)  # towards the outside, where the knee goes
+            bend = np.sqrt(max(0.235**2 - (across**2).sum() / 4, 0.0))
+            limbs.append([top, (top + foot) / 2 + bend * across / np.hypot(*across), foot])
+        return neck, hip, limbs
+
+    def draw(self, frame, beat, softness, shadow):
+        neck, hip, limbs = self.joints(beat)
+        h, softness = self.height, softness * max(1, len(frame) / 128)
+        if shadow:
+            _blend(frame, self.x + h * hip[0], self.ground, 0.3 * h, 0.05 * h, np.zeros(3), 0.35, 3 * softness)
+
+        def paint(colour, *strokes):
+            a, b = (np.array([s[i] for s in strokes]) * (h, -h) + (self.x, self.ground) for i in (0, 1))
+            _strokes(frame, a, b, h * np.array([s[2] for s in strokes]), colour, softness)
+
+        arms, legs = ([(a, b, thick * self.limb) for points in part for a, b in zip(points, points[1:])]
+                      for part, thick in ((limbs[:2], 1.0), (limbs[2:], 1.2)))
+        paint(self.trousers, *legs)
+        paint(self.shirt, (neck - (0, 0.06), hip, self.girth))
+        paint(0.85 * self.shirt, *arms)
+        face = neck + (0, 0.05 + 0.5 * self.head)
+        paint(self.skin, (face, face, self.head), *((points[-1], points[-1], 1.2 * self.limb) for points in limbs[:2]))
+
+
+def _strokes(frame, a, b, radii, colour, softness):
+    """Paint strokes with round ends from a to b, both (n, 2) (x, y), and radii (n,), all in picture heights, into frame
+    (size, size, 3) with an antialiased edge; a point is a disc."""
+    size, pad = len(frame), radii[:, None] + 3 / len(frame)
+    x0, y0 = (int(np.clip(v * size, 0, size)) for v in (np.minimum(a, b) - pad).min(0))
+    x1, y1 = (int(np.clip(v * size + 1, 0, size)) for v in (np.maximum(a, b) + pad).max(0))
+    along, a, radii = (np.float32(v.T[..., None, None]) for v in (b - a, a, radii))  # (n, 2) -> (2, n, 1, 1)
+    x = (np.arange(x0, x1, dtype=np.float32) + 0.5) / size - a[0]
+    y = (np.arange(y0, y1, dtype=np.float32)[:, None] + 0.5) / size - a[1]
+    share = np.clip((x * along[0] + y * along[1]) / np.maximum((along**2).sum(0), 1e-9), 0, 1)
+    inside = (radii - np.hypot(x - share * along[0], y - share * along[1])).max(0) * (size / softness) + 0.5
+    frame[y0:y1, x0:x1] += np.clip(inside, 0, 1)[..., None] * (colour - frame[y0:y1, x0:x1])
 
 
 def _blend(frame, x, y, rx, ry, colour, opacity, softness):

@@ -4,11 +4,12 @@ In reading order
     matching and scores    match, Score, scores, chance, bootstrap
     onsets                 onset_flux, onsets: the detector, the same for true and for made sounds
     pitch                  pitch_templates, pitch_kind: which ball a sound belongs to
+    events in pictures     picture_events: impacts of balls and beats of a dance, seen in true or made frames
     envelopes              envelope, envelope_correlation (plain and residual)
     pictures and vocoders  psnr, bicubic_baseline, vocoder_quality
-    worlds                 held-out clips with known events through files, models and detector
+    worlds                 held-out clips with known events through files, models and detector, and their pictures
     speed                  seconds by stage, and peak memory, in a fresh process per length
-    command line           python evaluate.py worlds | speed
+    command line           python evaluate.py worlds | pictures | speed
 
 Letters: B batch, T video frames, C channels, H W latent height and width, M mel bins, L mel frames, S samples,
 N clips, K kinds of ball. Times are seconds. Every figure is printed beside its chance level, its ceiling and n.
@@ -30,8 +31,8 @@ import numpy as np
 import torch
 
 from cmmd import atomic, generate
-from cmmd.data import KIND_PITCH, TRAINING_SEED, bounce, read_video, write_clip
-from cmmd.vae import to_frames
+from cmmd.data import KIND_HUE, KIND_PITCH, TEMPI, TRAINING_SEED, bounce, dance, read_video, write_clip
+from cmmd.vae import to_frames, to_uint8
 from cmmd.vocoder import griffin_lim, log_mel, multi_resolution_stft
 
 # The onset detector. Tuned once on true training sounds of `bounce`, then frozen.
@@ -40,6 +41,13 @@ FLUX_THRESHOLD = 0.35  # mean over bins of the rise from frame to frame
 FLUX_RADIUS = 5  # an onset is the largest flux within this many frames on either side
 ONSET_BIAS = -0.0045  # s, the mean of (detected - true) time over 6,500 impacts of bounce seeds 5_000_000 to 5_001_999
 PITCH_BEFORE, PITCH_AFTER = (-4, -1), (1, 4)  # mel frames around an onset, compared to see what newly sounds
+
+# Events in pictures. Tuned on true frames of seeds 520_000 to 520_099 and on the same after the VAE, then frozen.
+VIVID, MOVED = 0.18, 0.06  # a ball's pixels: this far from grey towards its hue, and from the median over time
+SEEN = 0.002  # of the picture that a ball must fill
+GRAVITY = (2.5, 5.5)  # picture heights / s^2, as `bounce` draws it
+TURN, NEAR_FLOOR = 0.07, 0.1  # picture heights: a touch turns a ball by so much a frame, so near its lowest place
+BALL_REST = 0.2  # s, less than any ball's time between two touches
 
 TOLERANCES = (0.05, 0.1)  # s
 TEST_SEED = 0  # first seed of the test clips; settings are chosen on validation clips, from seed 500_000 on
@@ -161,6 +169,104 @@ def share(counts):
         return right / total
 
 
+# ---------------------------------------------------------------- events in pictures
+
+def picture_events(frames, fps, world):
+    """What happens in frames uint8 (T, H, W, 3) of the world "bounce" (touches) or "dance" (beats), at 10 fps or so.
+
+    -> times (N,) in seconds from the clip's start, sorted, and kinds (N,): of the ball, by its colour, or of the
+    dancer, by the shirt's. They are read off the frames alone, true or made. ValueError for other arrays or worlds."""
+    frames = np.asarray(frames)
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or not frames.size:
+        raise ValueError(f"expected frames uint8 (T, H, W, 3), got {frames.dtype} {frames.shape}")
+    find = {"bounce": _touches, "dance": _beats}.get(world)
+    if find is None:
+        raise ValueError(f"world {world!r}: choose bounce or dance")
+    times, kinds = find(frames.astype(np.float32) / 255, fps)
+    order = np.argsort(times, kind="stable")
+    return np.asarray(times, dtype=float)[order], np.asarray(kinds, dtype=int)[order]
+
+
+def _touches(frames, fps):
+    """Times and kinds of the touches of the floor.
+
+    Between touches a ball falls freely, so the second difference of its height is the same in every frame; a touch
+    between two frames adds to both theirs, the more to the nearer one: their weighted mean is its time. At the clip's
+    ends, where no second difference is, the first and last two frames that fall freely are followed to the floor."""
+    tracks, times, kinds = _ball_tracks(frames), [], []
+    bends = np.diff(tracks, 2, axis=1)  # (K, T - 2), at frames 1 to T - 2
+    falling = bends[bends > 0]
+    pull = np.clip(np.median(falling) if len(falling) else 0.0, *(np.array(GRAVITY) / fps**2))  # heights / frame^2
+    for kind, track in enumerate(tracks):
+        if np.isfinite(track).sum() < 3:
+            continue
+        floor, last = np.nanpercentile(track, 95), len(track) - 1
+        turns = np.maximum(np.nan_to_num(pull - bends[kind]), 0)
+        strength = turns[:-1] + turns[1:]  # of a touch between frames k + 1 and k + 2
+        inner = [k + 1 + turns[k + 1] / strength[k] for k in np.argsort(-strength) if strength[k] > TURN
+                 and np.nanmax(track[k + 1:k + 3]) > floor - NEAR_FLOOR]
+        ends = [*_first_touch(track, pull, floor), *(last - k for k in _first_touch(track[::-1], pull, floor))]
+        kept = []
+        for place in ends + inner:  # in frames
+            if all(abs(place - other) >= BALL_REST * fps for other in kept):
+                kept.append(place)
+        times += [(place + 0.5) / fps for place in kept]
+        kinds += [kind] * len(kept)
+    return times, kinds
+
+
+def _first_touch(track, pull, floor):
+    """[place in frames] of a touch before frame 1, which frames 1 and 2, or 0 and 1, come up from; else []."""
+    for k, most in ((1, 1.0), (0, 0.5)):
+        if len(track) > k + 1 and np.isfinite(track[k:k + 2]).all():
+            speed = track[k + 1] - track[k] - pull / 2  # downward at frame k
+            since = (speed + np.sqrt(max(speed**2 + 2 * pull * (floor - track[k]), 0.0))) / pull
+            if speed < 0 and since <= most:
+                return [k - max(since, 0.0)]
+    return []
+
+
+def _ball_tracks(frames):
+    """How far each kind of ball is below the picture's top: frames (T, H, W, 3) -> (K, T), NaN where it is not seen."""
+    T, H, W, _ = frames.shape
+    hue = _hue_likeness(frames)  # (T, H, W, K)
+    ball = (hue.max(-1) > VIVID) & (np.abs(frames - np.median(frames, axis=0)).max(-1) > MOVED)
+    of_kind = ball[..., None] & (hue.argmax(-1)[..., None] == np.arange(len(KIND_HUE)))
+    rows, mass = of_kind.sum(2), of_kind.sum((1, 2))  # (T, H, K), (T, K)
+    centre = np.einsum("thk,h->tk", rows, (np.arange(H) + 0.5) / H) / np.maximum(mass, 1)
+    return np.where(mass >= SEEN * H * W, centre, np.nan).T
+
+
+def _beats(frames, fps):
+    """Times and kinds of the beats of a dance: the grid of the one tempo that best explains when the figure rests.
+
+    What changes from the frame before to the frame after is least where the figure turns round. As with trackers of
+    beats in sound, what moves without a rhythm gets a grid too; only what does not move has no beats."""
+    change = np.abs(frames[2:] - frames[:-2]).mean((1, 2, 3))  # at frames 1 to T - 2
+    if len(change) < 4 or np.ptp(change) < 1e-6:
+        return [], []
+    t, seconds = (np.arange(len(change)) + 1.5) / fps, len(frames) / fps
+    tempi = np.arange(TEMPI[0] - 5, TEMPI[1] + 5, min(0.5, 1 / seconds))
+    angles = 2 * np.pi * np.outer(tempi / 60, t)
+    waves = np.stack([np.ones_like(angles), np.cos(angles), np.sin(angles)], 2)  # (tempi, T - 2, 3)
+    fits = [np.linalg.lstsq(wave, change, rcond=None)[0] for wave in waves]
+    best = np.argmin([np.square(change - wave @ fit).sum() for wave, fit in zip(waves, fits)])
+    period, phase = 60 / tempi[best], np.arctan2(fits[best][2], fits[best][1]) / (2 * np.pi)
+    times = np.arange((phase + 0.5) * period % period, seconds, period)
+    likeness = _hue_likeness(frames).reshape(-1, len(KIND_HUE))
+    shirt = likeness[np.argsort(likeness.max(1))[-len(likeness) // 100:]].sum(0)  # the most colourful hundredth
+    return times, [int(shirt.argmax())] * len(times)
+
+
+def _hue_likeness(frames):
+    """How far each pixel (..., 3) in [0, 1] is from grey in the direction of each kind's hue -> (..., K)."""
+    position = 6 * np.array(KIND_HUE)[:, None] + np.array([5.0, 3.0, 1.0])  # hue -> pure colour, (K, 3)
+    hues = 1 - np.clip(np.minimum(position % 6, 4 - position % 6), 0, 1)
+    hues -= hues.mean(1, keepdims=True)
+    hues = (hues / np.linalg.norm(hues, axis=1, keepdims=True)).astype(np.float32)
+    return (frames - frames.mean(-1, keepdims=True)) @ hues.T
+
+
 # ---------------------------------------------------------------- envelopes
 
 def envelope(mels):
@@ -236,6 +342,18 @@ def sound_scores(mels, clips, config):
     return figures | {"pitch": float(share(pitch_counts(mels, found, clips, hop, pitch_templates(config)).sum(0)))}
 
 
+def event_row(found, true):
+    """F1, precision, recall, interval and chance at each tolerance, of lists of N arrays of times -> dict."""
+    row = {}
+    for tolerance in TOLERANCES:
+        counts, ms = event_counts(found, true, tolerance), round(tolerance * 1000)
+        for key, value in scores(counts.sum(0))._asdict().items():
+            row[f"{key}_{ms}"] = float(value)
+        row[f"interval_{ms}"] = bootstrap(counts, lambda pooled: scores(pooled).f1)
+        row[f"chance_{ms}"] = float(chance(found, true, tolerance).f1)
+    return row
+
+
 class Worlds:
     """Held-out clips of `bounce`, encoded once; every way to make their sound is scored by the same `row`."""
 
@@ -285,13 +403,7 @@ class Worlds:
         """Scores of the sounds (N, S) against the true impacts: one dict, a line of the table."""
         mels = log_mel(waves, self.config).numpy()
         found, true = [onsets(mel, self.hop_seconds) for mel in mels], [clip.times for clip in self.clips]
-        row = {"sound": name}
-        for tolerance in TOLERANCES:
-            counts, ms = event_counts(found, true, tolerance), round(tolerance * 1000)
-            for key, value in scores(counts.sum(0))._asdict().items():
-                row[f"{key}_{ms}"] = float(value)
-            row[f"interval_{ms}"] = bootstrap(counts, lambda pooled: scores(pooled).f1)
-            row[f"chance_{ms}"] = float(chance(found, true, tolerance).f1)
+        row = {"sound": name} | event_row(found, true)
         counts = pitch_counts(mels, found, self.clips, self.hop_seconds, self.templates)
         row.update(pitch=float(share(counts.sum(0))), pitch_interval=bootstrap(counts, share))
         return row | {"pitch_n": int(counts[:, 1].sum()), "onsets": [times.round(4).tolist() for times in found]}
@@ -308,10 +420,7 @@ class Worlds:
 def worlds(args):
     """The command `worlds`: print, and with --out write, the table over held-out clips."""
     check_out(args.out)
-    if args.n < 2:
-        raise ValueError(f"--n {args.n}: chance needs the events of other clips, take at least 2")
-    if args.seed_start + args.n > TRAINING_SEED:
-        raise ValueError(f"seeds up to {args.seed_start + args.n - 1}: those from {TRAINING_SEED} on are trained on")
+    check_seeds(args)
     from cmmd.sample import load_models
     models = load_models(args.weights, args.device)
     settings = {key: getattr(args, key) for key in ("steps", "guidance", "stochasticity", "sampler")
@@ -331,18 +440,55 @@ def worlds(args):
         write_result(args.out, result)
 
 
-def worlds_table(result):
-    """The markdown table, and the lines below it."""
-    head = "| sound | F1 ±50 ms [95 %] | chance | F1 ±100 ms [95 %] | chance | pitch right [95 %] |"
+@torch.no_grad()
+def pictures(args):
+    """The command `pictures`: print, and with --out write, how well `picture_events` reads the frames of true clips."""
+    check_out(args.out)
+    check_seeds(args)
+    from cmmd.sample import load_models
+    vae, rows = load_models(args.weights, args.device).vae, []
+    device = next(vae.parameters()).device
+    for world in (bounce, dance):
+        clips = [world(seed, seconds=args.seconds) for seed in range(args.seed_start, args.seed_start + args.n)]
+        true = [clip.video for clip in clips]
+        coded = [to_uint8(vae.decode(vae.encode(to_frames(video[None]).to(device))))[0] for video in true]
+        rows += [picture_row(f"{world.__name__}, {name}", videos, clips, world.__name__)
+                 for name, videos in (("true", true), ("through the VAE", coded))]
+    last = args.seed_start + args.n - 1
+    print("\n".join([*event_table(rows, "pictures", "kind"), "", f"n = {args.n} clips of {args.seconds} s, seeds "
+                     f"{args.seed_start} to {last}; VAE of {args.weights}; {machine()}."]))
+    if args.out:
+        write_result(args.out, {"n": args.n, "seeds": [args.seed_start, last], "seconds": args.seconds,
+                                "weights": args.weights, "machine": machine(), "rows": rows})
+
+
+def picture_row(name, videos, clips, world):
+    """Scores of the events seen in N videos (T, H, W, 3) against those of N clips: one dict, a line of the table."""
+    found, right = [picture_events(video, clip.fps, world) for video, clip in zip(videos, clips)], []
+    for (times, kinds), clip in zip(found, clips):
+        pairs = match(times, clip.times, TOLERANCES[0])
+        right.append((sum(kinds[i] == clip.kinds[j] for i, j in pairs), len(pairs)))
+    row = {"pictures": name} | event_row([times for times, _ in found], [clip.times for clip in clips])
+    return row | {"kind": float(share(np.sum(right, 0))), "kind_interval": bootstrap(right, share)}
+
+
+def event_table(rows, what, right):
+    """The lines of a markdown table of `event_row`s: `what` is shown, and of the matched ones `right` is right."""
+    head = f"| {what} | F1 ±50 ms [95 %] | chance | F1 ±100 ms [95 %] | chance | {right} right [95 %] |"
     lines = [head, "|---" * 6 + "|"]
     span = lambda value, interval: f"{value:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"
-    for row in result["rows"]:
+    for row in rows:
         cells = [f"{span(row[f'f1_{ms}'], row[f'interval_{ms}'])} | {row[f'chance_{ms}']:.3f}" for ms in (50, 100)]
-        lines.append(f"| {row['sound']} | {' | '.join(cells)} | {span(row['pitch'], row['pitch_interval'])} |")
+        lines.append(f"| {row[what]} | {' | '.join(cells)} | {span(row[right], row[f'{right}_interval'])} |")
+    return lines
+
+
+def worlds_table(result):
+    """The markdown table, and the lines below it."""
     settings = ", ".join(f"{key} {value}" for key, value in result["settings"].items())
     vocoder, slow = result["vocoder"], result["griffin_lim"]
     first, last = result["seeds"]
-    return "\n".join(lines + [
+    return "\n".join(event_table(result["rows"], "sound", "pitch") + [
         "", f"n = {result['n']} clips of {result['seconds']} s, seeds {first} to {last}; weights {result['weights']}; "
         f"{settings}; pitch: of the onsets matched within ±50 ms, chance 0.2; {result['machine']}.",
         f"VAE PSNR {result['vae_psnr']:.2f} dB (8 x bicubic {result['bicubic_psnr']:.2f} dB). "
@@ -360,6 +506,14 @@ def check_out(path):
     """Refuse, before any work, an --out that `write_result` could not write."""
     if path and Path(path).suffix not in (".json", ".csv"):
         raise ValueError(f"--out {path}: the name must end in .json or .csv")
+
+
+def check_seeds(args):
+    """Refuse too few clips, and those that trainings draw."""
+    if args.n < 2:
+        raise ValueError(f"--n {args.n}: chance needs the events of other clips, take at least 2")
+    if args.seed_start + args.n > TRAINING_SEED:
+        raise ValueError(f"seeds up to {args.seed_start + args.n - 1}: those from {TRAINING_SEED} on are trained on")
 
 
 def write_result(path, result):
@@ -453,26 +607,30 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("worlds", help="held-out bounce clips through the whole chain, against the true impacts")
-    one.add_argument("--n", type=int, default=200, help="clips (default: %(default)s)")
-    one.add_argument("--seed-start", type=int, default=TEST_SEED, help="seed of the first clip (default: %(default)s)")
+    three = commands.add_parser("pictures", help="how well impacts and beats are read off held-out clips' pictures")
+    for command in (one, three):
+        command.add_argument("--n", type=int, default=200, help="clips (default: %(default)s)")
+        command.add_argument("--seed-start", type=int, default=TEST_SEED,
+                             help="seed of the first clip (default: %(default)s)")
+        command.add_argument("--seconds", type=float, default=1.8, help="length of a clip (default: %(default)s)")
     ways = ["clean", "replace", "guide"]
     one.add_argument("--condition", nargs="*", default=ways, choices=ways, help="(default: all three)")
     one.add_argument("--guidance", type=float)
     one.add_argument("--stochasticity", type=float)
     one.add_argument("--sampler", choices=["ddim", "dpm"])
-    one.add_argument("--seconds", type=float, default=1.8, help="length of a clip (default: %(default)s)")
     one.add_argument("--batch", type=int, default=16)
     two = commands.add_parser("speed", help="seconds by stage and peak memory of sampling sound for a video file")
     two.add_argument("--seconds", type=float, nargs="+", default=[10, 100, 600], help="lengths (default: %(default)s)")
     two.add_argument("--child", help=argparse.SUPPRESS)  # the file to time, in the fresh process
     for command in (one, two):
-        command.add_argument("--weights", default="worlds", help="name in the box, or folder (default: %(default)s)")
         command.add_argument("--steps", type=int, default=6, help="sampler steps (default: %(default)s)")
+    for command in (one, two, three):
+        command.add_argument("--weights", default="worlds", help="name in the box, or folder (default: %(default)s)")
         command.add_argument("--device")
         command.add_argument("--out", help="also write everything to this .json, or the rows to this .csv")
     args = parser.parse_args(argv)
     try:
-        {"worlds": worlds, "speed": speed}[args.command](args)
+        {"worlds": worlds, "pictures": pictures, "speed": speed}[args.command](args)
     except (ValueError, OSError) as error:
         print(f"evaluate.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
