@@ -303,8 +303,13 @@ class CMMDConfig:
 
 
 def mel_frames(T, config):
-    """Mel frames of a canvas of T video frames: ceil(T * sample_rate / (fps * hop)), 113 for 18 frames at 10 fps."""
+    """Mel frames that T video frames reach into: ceil(T * sample_rate / (fps * hop)), 113 for 18 frames at 10 fps."""
     return math.ceil(T * config.sample_rate / (config.fps * config.hop) - 1e-6)
+
+
+def whole_mel_frames(T, config):
+    """Mel frames that end within T video frames, and at least one: 112 for 18 frames at 10 fps, the paper's pairing."""
+    return max(1, math.floor(T * config.sample_rate / (config.fps * config.hop) + 1e-6))
 
 
 class TimeEmbedding(nn.Module):
@@ -745,7 +750,8 @@ def generate(model, video=None, audio=None, frames=None, *, steps=6, condition="
                   stochasticity, draw, progress)
     if given is not None:
         x[given] = known
-    return x[0][:, :T], x[1][:, :, :L]
+    more = max(0, L - x[1].shape[2])  # the last mel frame, if it only begins within the video, repeats the one before
+    return x[0][:, :T], F.pad(x[1], (0, more), mode="replicate")[:, :, :L]
 
 
 def _check_request(video, audio, steps, condition, sampler, stochasticity):
@@ -852,8 +858,8 @@ def _predictor(model, windows, known, given, condition, guidance):
 class Windows:
     """Overlapping windows over a canvas of T video frames and the mel frames that go with them.
 
-    Windows are as long as those of the training and start on whole mel frames; the canvas is lengthened by a few frames
-    if need be. Predictions are joined with triangular weights. Memory is bounded by the batch of windows, and the
+    Windows are as long as those of the training, 18 frames with 112 mel frames, and start on whole mel frames; the
+    canvas is lengthened by a few frames if need be. Predictions are joined with triangular weights. Memory is bounded by the batch of windows, and the
     result does not depend on it."""
 
     def __init__(self, T, config, stride, batch):
@@ -862,8 +868,8 @@ class Windows:
         size = min(T, config.frames)
         stride = max(grid, min(stride, size) // grid * grid)
         self.T = size + -(-(T - size) // grid) * grid
-        self.L, self.batch, last = mel_frames(self.T, config), batch, self.T - size
-        starts, n = [*range(0, last, stride), last], mel_frames(size, config)
+        self.L, self.batch, last = whole_mel_frames(self.T, config), batch, self.T - size
+        starts, n = [*range(0, last, stride), last], whole_mel_frames(size, config)
         mel_starts = [min(round(s * per_frame), self.L - n) for s in starts[:-1]] + [self.L - n]
         self.starts = [[(s, size) for s in starts], [(s, n) for s in mel_starts]]
         self.weights = [self._blend_weights(side) for side in (0, 1)]
