@@ -1037,8 +1037,9 @@ def test_vocoder_discriminator_equals_melgans():
              [0.079251, 0.080299, 0.076019, 0.101364, 0.121703, 0.235988, 0.562332],
              [0.151475, 0.146544, 0.178008, 0.238415, 0.243236, 0.407601, 1.066181]]
     for features, score, mean in zip(results, scores, means, strict=True):
-        close(features[-1][0, 0, [0, features[-1].shape[2] // 2, -1]], score)
-        close([x.abs().mean() for x in features], mean)
+        # other processors add in another order: 1.4e-5 seen
+        close(features[-1][0, 0, [0, features[-1].shape[2] // 2, -1]], score, 4e-5)
+        close([x.abs().mean() for x in features], mean, 4e-5)
 
 
 def random_vocoder(config=SMALL):
