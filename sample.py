@@ -344,6 +344,7 @@ def _arguments(argv):
     parser.add_argument("--condition", default="clean", choices=CONDITIONS, help="how what is given enters")
     parser.add_argument("--guidance", type=float, help="strength of the guidance (default: the condition's own)")
     parser.add_argument("--seed", type=int, default=0, help="another seed, another result (default: %(default)s)")
+    parser.add_argument("--draws", type=int, help="make so many, with SEED, SEED + 1 ...: OUT.0.mp4, OUT.1.mp4 ...")
     parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
     return parser.prog, parser.parse_args(argv)
 
@@ -359,11 +360,16 @@ def _make(args):
         return demo(**settings)
     given = args.video or args.audio
     output = data.check_output(args.output or (f"{Path(given).stem}-cmmd.mp4" if given else "out.mp4"), TYPES)
-    if given and output.exists() and Path(given).exists() and output.samefile(given):
-        raise ValueError(f"{output}: is the input itself; choose another file to write")
-    clip = sample(args.video, args.audio, seconds=args.seconds, **settings)
-    clip.save(output)
-    return f"{output}: {len(clip.audio) / clip.sample_rate:.1f} s"
+    if args.draws is not None and args.draws < 1:
+        raise ValueError(f"--draws {args.draws}: expected a whole number of at least 1")
+    outputs = [output.with_suffix(f".{k}{output.suffix}") for k in range(args.draws)] if args.draws else [output]
+    for output in outputs:
+        if given and output.exists() and Path(given).exists() and output.samefile(given):
+            raise ValueError(f"{output}: is the input itself; choose another file to write")
+    for k, output in enumerate(outputs):
+        clip = sample(args.video, args.audio, seconds=args.seconds, **settings | {"seed": args.seed + k})
+        clip.save(output)
+    return "\n".join(f"{output}: {len(clip.audio) / clip.sample_rate:.1f} s" for output in outputs)
 
 
 def _progress(what, done, of):

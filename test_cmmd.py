@@ -1658,6 +1658,18 @@ def test_sample_real_files_get_a_sound_or_one_line(tmp_path, models, folder):
         assert abs(len(made) - len(clip.audio)) / 16000 < 0.02, path
 
 
+def test_sample_draws_are_what_single_seeds_make(tmp_path, weights, capsys):
+    words = ["--seconds", "1.8", "--weights", str(weights), "--steps", "1"]
+    assert sampling.main([*words, "--seed", "5", "--draws", "2", "-o", str(tmp_path / "a.b.wav")]) == 0
+    assert capsys.readouterr().out.count("1.8 s") == 2
+    for k in range(2):
+        assert sampling.main([*words, "--seed", str(5 + k), "-o", str(tmp_path / "one.wav")]) == 0
+        assert (tmp_path / "one.wav").read_bytes() == (tmp_path / f"a.b.{k}.wav").read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.b.0.wav", "a.b.1.wav", "one.wav"]
+    assert (tmp_path / "a.b.0.wav").read_bytes() != (tmp_path / "a.b.1.wav").read_bytes()
+    assert sampling.main([*words, "--draws", "0", "-o", str(tmp_path / "c.wav")]) == 2
+
+
 # ==== train
 
 
