@@ -41,7 +41,8 @@ import torch
 
 from cmmd import atomic, generate
 from cmmd.data import (
-    KIND_PITCH, SOUND_TYPES, TRAINING_SEED, VIDEO_TYPES, bounce, check_output, probe, read_audio, read_video, write_clip)
+    KIND_PITCH, SOUND_TYPES, TRAINING_SEED, VIDEO_TYPES, bounce, check_output, probe, read_audio, read_video,
+    write_clip)
 from cmmd.vae import to_frames
 from cmmd.vocoder import VocoderConfig, griffin_lim, load as load_vocoder, log_mel, multi_resolution_stft
 
@@ -533,8 +534,9 @@ def video_rows(pairs, i3d, args):
         for (name, distance), paper in zip(distances.items(), TABLE_1.get((frames, size), ("", ""))):
             each = [distance(x, true[0]) for x in made]
             halves = distance(true[0][::2], true[0][1::2]) if len(pairs) > 3 else None
-            yield row(f"{name}, {frames} frames ({size})", distance(np.concatenate(made), true[0]), paper, n=len(pairs),
-                      ceiling=halves, note=f"per draw {np.mean(each):.1f} ± {np.std(each):.1f}" if len(made) > 1 else "")
+            note = f"per draw {np.mean(each):.1f} ± {np.std(each):.1f}" if len(made) > 1 else ""
+            yield row(f"{name}, {frames} frames ({size})", distance(np.concatenate(made), true[0]), paper, ceiling=halves,
+                      n=len(made) * len(pairs), note=note)
 
 
 def embedder(name):
@@ -564,8 +566,7 @@ def audio_distances(made, true, others):
     reference = gaussian(np.concatenate([*true, *others]))
     one, two = (true, others) if others else (true[::2], true[1::2])
     ceiling = frechet(gaussian(np.concatenate(one)), reference if others else gaussian(np.concatenate(two)))
-    single = [[frechet(gaussian(x), reference) for x in group] if min(sizes) > 1 else []
-              for group in (made, true)]
+    single = [[frechet(gaussian(x), reference) for x in group if len(x) > 1] for group in (made, true)]
     return {"set": frechet(gaussian(np.concatenate(made)), reference), "ceiling": ceiling,
             "samples": single[0], "truth_samples": single[1]}
 
@@ -575,14 +576,12 @@ def audio_distances(made, true, others):
 FPS = 10
 MUSIC_RATE = 22050  # Hz, librosa's default, which the beat tracker's settings are made for
 BEAT_SECONDS = 3.6  # s; on less the tracker errs by up to 254 ms even on a click track
-FARNEBACK = (0.5, 3, 15, 3, 5, 1.2, 0)
 STILL = 0.1  # px, mean flow below which nothing moves
 SAME_LENGTH = 0.1  # s by which a clip and its truth may differ
 ROTATIONS = 20  # wrong pairings of all clips that chance is the mean of
-MISSING = "{} is not installed: pip install cmmd[eval]"
 
-# Of one clip: onset times (s), envelope (L,), beat times, seconds that hold an onset (CDCD), times of AV-Align's peaks in
-# sound and picture, embeddings (n, D). Where there is none, a string says why.
+# Of one clip: onset times (s), envelope (L,), beat times, seconds that hold an onset, times of AV-Align's peaks in
+# sound and picture, embeddings (n, D), the envelope to be expected. Where there is none, a string says why.
 Heard = namedtuple("Heard", "onsets envelope beats bins sound_peaks motion_peaks embedding typical", defaults=(0,))
 Pair = namedtuple("Pair", "name generated reference")  # paths of K draws and of the truth
 
@@ -592,11 +591,11 @@ def extra(name):
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise ImportError(MISSING.format(name)) from None
+        raise ImportError(f"{name.partition('.')[0]} is not installed: pip install cmmd[eval]") from None
 
 
 def rhythm(wave, rate=16000):
-    """Wave (S,) -> librosa's beats (s; METRICS: on 3.6 s or more), seconds with an onset, onsets for AV-Align (s)."""
+    """Wave (S,) -> librosa's beats (s), the seconds that hold an onset, onsets as AV-Align takes them (s)."""
     try:
         librosa = extra("librosa")
     except ImportError as error:
@@ -619,7 +618,7 @@ def motion(path, seconds=None, size=128):
     except (ImportError, ValueError) as error:
         return str(error)
     grey = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in video]
-    flows = (cv2.calcOpticalFlowFarneback(a, b, None, *FARNEBACK) for a, b in zip(grey, grey[1:]))  # (H, W, 2)
+    flows = (cv2.calcOpticalFlowFarneback(*pair, None, 0.5, 3, 15, 3, 5, 1.2, 0) for pair in zip(grey, grey[1:]))
     return flow_peaks([float(np.linalg.norm(flow, axis=2).mean()) for flow in flows]) / FPS
 
 
@@ -631,7 +630,7 @@ def flow_peaks(flow):
 
 
 def av_align(sound, picture, window=1 / FPS):
-    """TempoTokens' intersection over union of peak times (s): each sound takes the first free peak nearer than window."""
+    """TempoTokens' intersection over union of peak times (s): a sound takes the first free peak nearer than window."""
     free, matched = list(picture), 0
     for time in sound:
         near = next((peak for peak in free if abs(time - peak) < window - 1e-9), None)
@@ -675,22 +674,21 @@ def match_folders(generated, reference):
         name = stem if stem in true else name if draw.isdigit() else None
         if name in true:
             found.setdefault(name, []).append(made[stem])
-    if not found:
-        raise ValueError(f"{generated}: none of its {len(made)} clips has the name of one of the {len(true)} in {reference}")
     if len(found) < 2:
-        raise ValueError(f"{generated}: only one clip, {next(iter(found))}, is also in {reference}; at least two are needed")
-    draws = max(len(paths) for paths in found.values())
-    for name, paths in found.items():
-        if len(paths) < draws:
-            raise ValueError(f"{generated}: {len(paths)} draws of {name}, {draws} of others; make as many of each")
-    used = {path for paths in found.values() for path in paths}
-    return ([Pair(name, sorted(paths, key=lambda p: (len(p.name), p.name)), true[name]) for name, paths in found.items()],
-            [path for path in made.values() if path not in used], [true[name] for name in true if name not in found])
+        raise ValueError(f"{generated}: {len(found)} of its {len(made)} clips are named as one of the {len(true)} in "
+                         f"{reference}; at least two are needed")
+    draws = sorted({len(paths) for paths in found.values()})
+    if len(draws) > 1:
+        raise ValueError(f"{generated}: {draws[0]} to {draws[-1]} draws of a clip; make as many of each")
+    order = lambda paths: sorted(paths, key=lambda path: (len(path.name), path.name))
+    pairs = [Pair(name, order(paths), true[name]) for name, paths in found.items()]
+    used = {path for pair in pairs for path in pair.generated}
+    return pairs, [p for p in made.values() if p not in used], [true[name] for name in true if name not in found]
 
 
 def listen(pairs, args, embed, config):
-    """Every clip of the pairs, heard -> [(K Heard, Heard of the truth, of the truth through --vocoder or None)], and why
-    others were left out. Both of a pair are cut to the same length."""
+    """Every clip of the pairs, heard -> [(K Heard, the truth Heard, and through --vocoder or None)], and why others
+    were left out. Outputs and truth are cut to the same length."""
     vocoder = load_vocoder(args.vocoder).eval() if args.vocoder else None
     clips, left_out = [], []
     for pair in pairs:
@@ -704,13 +702,13 @@ def listen(pairs, args, embed, config):
         for path, length in zip(paths, lengths):
             if abs(length - lengths[-1]) > SAME_LENGTH:
                 raise ValueError(f"{path}: {length:.2f} s long, its reference {lengths[-1]:.2f} s; make both one length, "
-                                 "or give --seconds to compare their first seconds")
+                                 "or give --seconds to compare their beginnings")
         waves = [wave[:min(map(len, waves))].copy() for wave in waves]
-        seen = [motion(path, args.seconds) for path in paths]
-        seen = [seen[-1] if path.suffix.lower() in SOUND_TYPES else peaks for path, peaks in zip(paths, seen)]
+        true_motion = motion(pair.reference, args.seconds)
+        seen = [true_motion if p.suffix.lower() in SOUND_TYPES else motion(p, args.seconds) for p in pair.generated]
         *made, true = (hear(wave, config, peaks, embed(path, wave) if embed else ())
-                       for wave, path, peaks in zip(waves, paths, seen))
-        clips.append((made, true, hear(through_vocoder(waves[-1], vocoder), config, seen[-1]) if vocoder else None))
+                       for wave, path, peaks in zip(waves, paths, [*seen, true_motion]))
+        clips.append((made, true, vocoder and hear(through_vocoder(waves[-1], vocoder), config, true_motion)))
     return clips, left_out
 
 
@@ -736,85 +734,79 @@ def add_typical(clips, train=None):
 
 # ---------------------------------------------------------------- scores of pairs
 
-# rows {name: statistic of pooled counts}; count: (Heard, Heard) -> counts, or a string that says why there are none; own:
-# whether a sound is compared with its own clip's picture
-Measure = namedtuple("Measure", "rows count own", defaults=(False,))
+# rows {name: statistic of pooled counts}; what of the outputs and of the truths they need; count: (output, truth) ->
+# counts, or a string that says why there are none. A sound is compared with its own clip's picture, not with the truth's.
+Measure = namedtuple("Measure", "rows needs count")
 TABLE_2 = {"beat hit rate ±100 ms": "0.45 / 0.44 / 0.41", "beat hit rate ±500 ms": "0.89 / 0.91 / 0.89"}
-
-
-def onset_counts(made, true, tolerance):
-    return len(match(made.onsets, true.onsets, tolerance)), len(made.onsets), len(true.onsets)
 
 
 def beat_counts(made, true, tolerance):
     """(hit rate, 1, matched, found, true): the first two average over clips, the others pool."""
-    for beats in (made.beats, true.beats):
-        if isinstance(beats, str):
-            return beats
     if not len(true.beats):
         return "no beat in the reference"
     matched = len(match(made.beats, true.beats, tolerance))
     return matched / len(true.beats), 1, matched, len(made.beats), len(true.beats)
 
 
-def bin_counts(made, true):
-    """CDCD: one-second bins with an onset in both, in the generated, in the true sound."""
-    return made.bins if isinstance(made.bins, str) else (len(np.intersect1d(made.bins, true.bins)), len(made.bins),
-                                                         len(true.bins))
-
-
 def align_counts(made, true):
-    for peaks in (made.sound_peaks, true.motion_peaks):
-        if isinstance(peaks, str):
-            return peaks
     value = av_align(made.sound_peaks, true.motion_peaks)
     return value if isinstance(value, str) else (value, 1)
 
 
-def envelope_counts(made, true, residual):
-    value = envelope_correlation(made.envelope[None], true.envelope[None], true.typical if residual else None)[0]
+def envelope_counts(made, true, typical=None):
+    value = envelope_correlation(made.envelope[None], true.envelope[None], typical)[0]
     return "constant loudness" if np.isnan(value) else (value, 1)
 
 
 def measures():
     """Every score of pairs, in the order of the table."""
-    found = {"F1": lambda c: scores(c).f1, "precision": lambda c: scores(c).precision, "recall": lambda c: scores(c).recall}
+    onset, beat, envelopes = (("onsets",) * 2, ("beats",) * 2, ("envelope",) * 2)
     for ms in (50, 100):
-        yield Measure({f"onset {name} ±{ms} ms": statistic for name, statistic in found.items()},
-                      functools.partial(onset_counts, tolerance=ms / 1000))
+        yield Measure({f"onset {name} ±{ms} ms": lambda c, part=part: getattr(scores(c), part)
+                       for name, part in (("F1", "f1"), ("precision", "precision"), ("recall", "recall"))}, onset,
+                      lambda a, b, s=ms / 1000: (len(match(a.onsets, b.onsets, s)), len(a.onsets), len(b.onsets)))
     for ms in (100, 500):
         yield Measure({f"beat hit rate ±{ms} ms": lambda c: share(c[..., :2]),
                        f"beat precision ±{ms} ms": lambda c: scores(c[..., 2:]).precision,
                        f"beat F1 ±{ms} ms": lambda c: scores(c[..., 2:]).f1},
-                      functools.partial(beat_counts, tolerance=ms / 1000))
-    yield Measure({"beats, generated ÷ true": lambda c: share(c[..., 3:])}, functools.partial(beat_counts, tolerance=0.1))
+                      beat, functools.partial(beat_counts, tolerance=ms / 1000))
+    yield Measure({"beats, generated ÷ true": lambda c: share(c[..., 3:])}, beat, lambda a, b: beat_counts(a, b, 0.1))
     yield Measure({"CDCD beat coverage": lambda c: share(c[..., 1:]), "CDCD beat hit": lambda c: share(c[..., ::2])},
-                  bin_counts)
-    yield Measure({"AV-Align": share}, align_counts, True)
-    yield Measure({"envelope correlation": share}, functools.partial(envelope_counts, residual=False))
-    yield Measure({"envelope correlation, residual": share}, functools.partial(envelope_counts, residual=True))
+                  ("bins",) * 2, lambda a, b: (len(np.intersect1d(a.bins, b.bins)), len(a.bins), len(b.bins)))
+    yield Measure({"AV-Align": share}, ("sound_peaks", "motion_peaks"), align_counts)
+    yield Measure({"envelope correlation": share}, envelopes, envelope_counts)
+    yield Measure({"envelope correlation, residual": share}, envelopes, lambda a, b: envelope_counts(a, b, b.typical))
 
 
 def pair_rows(measure, clips):
     """Rows of one measure over listened clips: value with its interval over clips, chance, ceiling."""
-    other = lambda made, true: made if measure.own else true
-    count = lambda pairs: [measure.count(*pair) for pair in pairs]
+    own = measure.needs[1] == "motion_peaks"
+    other = lambda made, true: made if own else true
+
+    def count(made, true):
+        needed = getattr(made, measure.needs[0]), getattr(true, measure.needs[1])
+        return next((why for why in needed if isinstance(why, str)), None) or measure.count(made, true)
+
     kept = lambda counted: [c for c in counted if not isinstance(c, str)]
-    each = [count((x, other(x, true)) for x in made) for made, true, _ in clips]
+    each = [[count(x, other(x, true)) for x in made] for made, true, _ in clips]
     why = Counter(c for counted in each for c in counted if isinstance(c, str))
     note = "; ".join(f"{n}: {reason}" for reason, n in why.items())
-    per_clip = [np.sum(kept(counted), axis=0) for counted in each if kept(counted)]
+    per_clip = [sum_of(kept(counted)) for counted in each if kept(counted)]
     if not per_clip:
-        yield row(", ".join(measure.rows), n=0, note=note)
+        yield row(", ".join(measure.rows), note=note)
         return
-    turns = np.unique(np.linspace(1, len(clips) - 1, ROTATIONS).astype(int))  # each shifts the pairing of all clips
-    strange = kept(count((x, other(y, clips[i - turn][1])) for turn in turns for i, (made, _, _) in enumerate(clips)
-                         for x, y in zip(made, clips[i - turn][0])))
-    best = kept(count((again or true, true) for _, true, again in clips if again or measure.own))
+    turns = np.unique(np.linspace(1, len(clips) - 1, ROTATIONS).astype(int))  # each pairs every clip with another
+    strange = kept(count(x, other(y, clips[i - turn][1])) for turn in turns for i, (made, _, _) in enumerate(clips)
+                   for x, y in zip(made, clips[i - turn][0]))
+    best = kept(count(again or true, true) for _, true, again in clips if again or own)
     for name, statistic in measure.rows.items():
-        pooled = lambda counts: float(statistic(np.sum(counts, axis=0, dtype=float))) if counts else None
-        yield row(name, pooled(per_clip), TABLE_2.get(name, ""), interval=bootstrap(np.array(per_clip), statistic),
-                  chance=pooled(strange), ceiling=pooled(best), n=sum(len(kept(counted)) for counted in each), note=note)
+        value, low, top = (float(statistic(sum_of(c))) if c else None for c in (per_clip, strange, best))
+        yield row(name, value, TABLE_2.get(name, ""), bootstrap(np.array(per_clip), statistic), low, top,
+                  sum(len(kept(counted)) for counted in each), note)
+
+
+def sum_of(counts):
+    return np.sum(counts, axis=0, dtype=float)
 
 
 def row(metric, value=None, paper="", interval=(None, None), chance=None, ceiling=None, n=0, note=""):
@@ -834,7 +826,8 @@ def fad_rows(clips, others, result):
     few = "" if fad["samples"] else f"{len(made)}: one embedding a clip, two are needed"
     median = lambda key: float(np.median(fad[key])) if fad[key] else None
     return [row("FAD per set", fad["set"], ceiling=fad["ceiling"], n=len(made)),
-            row("FAD per sample, median", median("samples"), ceiling=median("truth_samples"), n=len(fad["samples"]), note=few)]
+            row("FAD per sample, median", median("samples"), "", (None, None), None, median("truth_samples"),
+                len(fad["samples"]), few)]
 
 
 def folders(args):
@@ -859,7 +852,7 @@ def folders(args):
     rows += video_rows(pairs, i3d, args) if i3d else ()
     result |= {"clips": len(pairs), "draws": len(pairs[0].generated), "seconds": args.seconds, "machine": machine(),
                "left_out": [*left_out, *(f"{path}: not in {args.reference}" for path in unmatched)], "rows": rows}
-    result["not_asked"] = [name for name, given in (("FAD (--embedding)", embed), ("FVD, KVD (--i3d)", args.i3d)) if not given]
+    result["not_asked"] = [name for name, asked in (("FAD (--embedding)", embed), ("FVD, KVD (--i3d)", i3d)) if not asked]
     print(folders_table(result))
     for path in args.out:
         write_result(path, result)
@@ -876,37 +869,38 @@ def folders_table(result):
     left = result["left_out"]
     notes = [f"Left out: {left[0]}" + (f", and {len(left) - 1} more" if left[1:] else "") + "."] if left else []
     notes += [f"Not asked for: {', '.join(result['not_asked'])}."] if result["not_asked"] else []
-    return "\n".join(lines + ["", *notes,
-        f"{result['generated']} against {result['reference']}: {result['clips']} clips, {result['draws']} draw(s) of each. "
-        "¹ CMMD / nCMMD / MM-Diffusion on AIST++. ² The same outputs against other clips' truths. ³ The truth in the "
-        "outputs' place: through --vocoder, its own picture, or one part of the reference against the rest."])
+    title = (f"{result['generated']} against {result['reference']}: {result['clips']} clips, {result['draws']} draw(s) of "
+             "each. ¹ CMMD / nCMMD / MM-Diffusion on AIST++. ² The same outputs against other clips' truths. ³ The truth in "
+             "the outputs' place: through --vocoder, with its own picture, or a part of the reference against the rest.")
+    return "\n".join([*lines, "", title, *notes])
 
 
 # ---------------------------------------------------------------- figures
 
 def figure(args):
     """The command `figure`: the paper's Fig. 2 of a clip, or Fig. 4 of results of `folders`."""
-    extra("matplotlib")
-    from matplotlib.figure import Figure
-    drawing = Figure(figsize=(10, 5), dpi=120, layout="constrained")
-    {"2": draw_events, "4": draw_fad}[args.number](drawing, args.files)
-    save_figure(drawing, args.picture)
+    draw({"2": draw_events, "4": draw_fad}[args.number], args.files, args.picture)
 
 
-def save_figure(drawing, path):
+def draw(function, content, path):
+    """Let function(drawing, content) draw on an empty figure, and write it to .png, .pdf or .svg."""
     with atomic(check_output(path, (".png", ".pdf", ".svg"))) as temporary:
+        drawing = extra("matplotlib.figure").Figure(figsize=(10, 5), dpi=120, layout="constrained")
+        function(drawing, content)
         drawing.savefig(temporary)
 
 
 def draw_events(drawing, files, tolerance=TOLERANCES[1]):
-    """Fig. 2: frames, the true mel, generated mels; the true onsets circled, green where matched and red where missed."""
+    """Fig. 2: frames, the true mel, generated mels; true onsets circled, green where matched and red where missed."""
     config = VocoderConfig()
     hop = config.hop / config.sample_rate
-    mels = [log_mel(torch.from_numpy(read_audio(path, config.sample_rate).copy())[None], config)[0].numpy() for path in files]
-    video, seconds, axes = read_video(files[0], fps=FPS, size=128), mels[0].shape[1] * hop, drawing.subplots(1 + len(files))
+    waves = [torch.from_numpy(read_audio(path, config.sample_rate).copy()) for path in files]
+    mels = [log_mel(wave[None], config)[0].numpy() for wave in waves]
+    seconds, axes = mels[0].shape[1] * hop, drawing.subplots(1 + len(files))
+    video = read_video(files[0], fps=FPS, size=128)
     shown = video[np.linspace(0, len(video) - 1, 12).round().astype(int)]
     axes[0].imshow(np.concatenate(shown, axis=1), aspect="auto", extent=(0, seconds, 0, 1))
-    axes[0].set_yticks([])
+    axes[0].set(yticks=[])
     true = onsets(mels[0], hop)
     for axis, path, mel in zip(axes[1:], files, mels):
         axis.imshow(mel, aspect="auto", origin="lower", cmap="magma", extent=(0, mel.shape[1] * hop, 0, len(mel)))
@@ -916,17 +910,17 @@ def draw_events(drawing, files, tolerance=TOLERANCES[1]):
             frame = int(np.clip((hits.get(j, time) + ONSET_BIAS) / hop - 0.5, 1, mel.shape[1] - 1))
             loudest = np.argmax(mel[:, frame] - mel[:, frame - 1])  # the bin that rises most
             axis.plot(hits.get(j, time), loudest, "o", ms=16, mfc="none", mew=2, mec="lime" if j in hits else "red")
-        axis.set(xlim=(0, seconds), ylabel="mel bin", title=f"{Path(path).name}: {len(hits)} of {len(true)} true onsets")
+        axis.set(xlim=(0, seconds), ylabel="mel bin", title=f"{path}: {len(hits)} of {len(true)} true onsets")
     axes[-1].set_xlabel("s")
 
 
 def draw_fad(drawing, files):
-    """Fig. 4: FAD per sample as boxes with whiskers of 1.5 interquartile ranges, per set as crosses, the truth first."""
+    """Fig. 4: FAD per sample as boxes with whiskers of 1.5 interquartile ranges, per set as x; the truth first."""
     names, boxes, sets = ["truth"], [], []
     for path in files:
         fad = json.loads(Path(path).read_text()).get("fad")
         if not fad or not fad["samples"]:
-            raise ValueError(f"{path}: holds no Fréchet audio distances per sample; make it with folders --embedding --out")
+            raise ValueError(f"{path}: holds no FAD per sample; make it with: folders ... --embedding E --out {path}")
         boxes, sets = boxes or [fad["truth_samples"]], sets or [fad["ceiling"]]
         names, boxes, sets = names + [Path(path).stem], boxes + [fad["samples"]], sets + [fad["set"]]
     axis = drawing.subplots()
@@ -939,8 +933,8 @@ def draw_fad(drawing, files):
 
 QUESTIONS = {"audio-to-video": ("Video quality", "Temporal alignment of sound and picture"),
              "dance": ("Acoustic quality", "Musical quality", "Synchronisation of the dancer to the music"),
-             "sounds": ("Acoustic quality", "Semantic quality: do the kinds of sound make sense in this scene, whatever "
-                        "their timing?", "Synchronisation of what is heard and seen")}
+             "sounds": ("Acoustic quality", "Semantic quality: do the sounds make sense in this scene, timing aside?",
+                        "Synchronisation of what is heard and seen")}
 PAGE = """<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>Rating of clips</title>
 <style>body{font:18px sans-serif;max-width:42em;margin:1em auto}video{width:100%;max-height:55vh;background:#000}
 label{margin-right:1.2em}fieldset{margin:.6em 0}button{font:inherit;padding:.4em 2em}</style>
@@ -948,19 +942,20 @@ label{margin-right:1.2em}fieldset{margin:.6em 0}button{font:inherit;padding:.4em
 <div id="questions"></div><button id="next">Next</button></form>
 <p id="end" hidden>Thank you. <button id="save">Download the ratings</button> Please send the file back.</p>
 <script>
-const study = STUDY, $ = id => document.getElementById(id), fresh = {rater: crypto.getRandomValues(new Uint32Array(1))[0]
-  .toString(16), at: 0, given: {}}, state = JSON.parse(localStorage.getItem(study.id)) || fresh;
+const study = STUDY, $ = id => document.getElementById(id), rater = Math.random().toString(36).slice(2);
+const state = JSON.parse(localStorage.getItem(study.id)) || {rater, at: 0, given: {}};
 const keep = () => localStorage.setItem(study.id, JSON.stringify(state));
 function show() {
   const done = state.at >= study.items.length, item = study.items[state.at];
-  $("where").textContent = done ? "" : `Clip ${state.at + 1} of ${study.items.length}: play it with sound, then rate it, 1 = bad to 5 = excellent.`;
+  $("where").textContent = done ? "" : `Clip ${state.at + 1} of ${study.items.length}: play it with sound, then rate it ` +
+    "from 1 (worst) to 5 (best).";
   $("form").hidden = done; $("end").hidden = !done;
   if (done) return $("clip").removeAttribute("src");
   $("clip").src = item.src;
   $("questions").replaceChildren(...study.questions.map((text, q) => {
     const set = document.createElement("fieldset"), given = (state.given[item.id] || {})[q];
     set.innerHTML = "<legend></legend>" + [1, 2, 3, 4, 5].map(v =>
-      `<label><input type="radio" required name="q${q}" value="${v}"${v == given ? " checked" : ""}> ${v}</label>`).join("");
+      `<label><input type="radio" required name="q${q}" value="${v}"${v == given ? "checked" : ""}> ${v}</label>`).join("");
     set.firstChild.textContent = text;
     set.onchange = e => { (state.given[item.id] ||= {})[q] = +e.target.value; keep(); };
     return set; }));
@@ -978,7 +973,7 @@ keep(); show();
 
 
 def study_make(args):
-    """`study make`: one static page with all clips inside, in a seeded order under blind numbers, and its key as CSV."""
+    """`study make`: one static page with all clips in it, in a seeded order under blind numbers, and its key as CSV."""
     page, items = check_output(args.page, (".html",)), []
     for name, _, folder in (model.partition("=") for model in args.model):
         if not folder:
@@ -995,14 +990,15 @@ def study_make(args):
     study["id"] = f"{args.task}-" + hashlib.sha256(json.dumps(study).encode()).hexdigest()[:8]
     with atomic(page) as temporary:
         temporary.write_text(PAGE.replace("STUDY", json.dumps(study), 1), encoding="utf-8")
-    rows = [{"study": study["id"], "item": k + 1, "model": name, "clip": path.name} for k, (name, path) in enumerate(order)]
-    write_result(page.with_suffix(".key.csv"), {"rows": rows})
-    print(f"{page}: {len(order)} clips, {page.stat().st_size / 2 ** 20:.1f} MiB; its key, not for raters: {page.with_suffix('.key.csv')}")
+    key = page.with_suffix(".key.csv")
+    write_result(key, {"rows": [{"study": study["id"], "item": k + 1, "model": name, "clip": path.name}
+                                for k, (name, path) in enumerate(order)]})
+    print(f"{page}: {len(order)} clips, {page.stat().st_size / 2 ** 20:.1f} MiB; its key, not for raters: {key}")
 
 
 def signed_rank(differences):
-    """Wilcoxon's signed-rank test -> statistic, two-sided p, n without zeros, zeros. Exact for ties too: the share of all
-    2^n signs of the (mid-)ranks that are as extreme. Differences are rounded to 1e-6, so that no float decides."""
+    """Wilcoxon's signed-rank test -> statistic, two-sided p, n without zeros, zeros. Exact for ties too: the share of
+    all 2^n signs of the (mid-)ranks that are as extreme. Differences are rounded to 1e-6: no float decides."""
     d = np.round(np.asarray(differences, dtype=np.float64), 6)
     zeros, d = int((d == 0).sum()), d[d != 0]
     size = np.abs(d)
@@ -1025,24 +1021,19 @@ def holm(p):
 def read_ratings(files, keys):
     """Files of ratings and of keys -> {(question, model): {rater: mean rating}}."""
     lines = lambda path: csv.DictReader(Path(path).read_text(encoding="utf-8").splitlines())
-    models, given, means = {}, {}, {}
-    try:
-        for path in keys:
-            models |= {(line["study"], line["item"]): line["model"] for line in lines(path)}
-        for path in files:
-            for line in lines(path):
-                if line["rating"] not in ("1", "2", "3", "4", "5"):
-                    raise ValueError(f"{path}: rating {line['rating']!r}, expected 1 to 5")
-                model = models[line["study"], line["item"]]
+    models = {(line["study"], line["item"]): line["model"] for path in keys for line in lines(path)}
+    given, means = {}, {}  # given first: a file read twice counts once
+    for path in files:
+        for line in lines(path):
+            try:
+                item, rating = (line["study"], line["item"]), {str(k): k for k in range(1, 6)}[line["rating"]]
                 question = QUESTIONS[line["study"].rpartition("-")[0]][int(line["question"])]
-                given[question, model, line["rater"], line["study"], line["item"]] = int(line["rating"])
-    except (KeyError, IndexError) as error:
-        raise ValueError(f"{path}: {error} is unknown; give the ratings of one study, and its .key.csv as --key") from None
-    for question, model, rater, *_ in given:
-        means.setdefault((question, model), {}).setdefault(rater, [])
-    for (question, model, rater, *_), rating in given.items():
-        means[question, model][rater].append(rating)
-    return {key: {rater: float(np.mean(x)) for rater, x in raters.items()} for key, raters in means.items()}
+                given.setdefault((question, models[item], line["rater"]), {})[item] = rating
+            except (LookupError, ValueError) as error:
+                raise ValueError(f"{path}: {error} is unknown; expected ratings of 1 to 5 of a --key's study") from None
+    for (question, model, rater), ratings in given.items():
+        means.setdefault((question, model), {})[rater] = float(np.mean(list(ratings.values())))
+    return means
 
 
 def study_read(args):
@@ -1059,11 +1050,7 @@ def study_read(args):
         print(f"| {question} | {one} – {two} | {w:g} | {n} | {zeros} | {p:.4f} | {q:.4f} |")
     print("\nMeans per rater; Wilcoxon signed-rank, two-sided, exact with midranks, zeros dropped; Holm over all tests.")
     if args.figure:
-        extra("matplotlib")
-        from matplotlib.figure import Figure
-        drawing = Figure(figsize=(10, 4), dpi=120, layout="constrained")
-        draw_mos(drawing, means)
-        save_figure(drawing, args.figure)
+        draw(draw_mos, means, args.figure)
 
 
 def draw_mos(drawing, means):
@@ -1119,8 +1106,8 @@ def arguments():
         command.add_argument("--steps", type=int, default=6, help="sampler steps (default: %(default)s)")
         command.add_argument("--device")
         command.add_argument("--out", help="also write everything to this .json, or the rows to this .csv")
-    folders_arguments(commands.add_parser("folders", help="a folder of clips against the true ones (also without this word)"))
-    four = commands.add_parser("figure", help="the paper's Fig. 2 (true clip, generated clips) or 4 (results of folders)")
+    folders_arguments(commands.add_parser("folders", help="a folder of clips against the true ones; the word may be left out"))
+    four = commands.add_parser("figure", help="the paper's Fig. 2 (of clips) or 4 (of what folders wrote)")
     four.add_argument("number", choices=["2", "4"])
     four.add_argument("picture", help=".png, .pdf or .svg to write")
     four.add_argument("files", nargs="+", help="2: TRUE GENERATED ...; 4: the .json files that folders wrote")
@@ -1142,9 +1129,9 @@ def folders_arguments(command):
     command.add_argument("generated", help="folder of clips, any model's: NAME.mp4, or NAME.0.mp4, NAME.1.mp4 ...")
     command.add_argument("reference", help="folder of the true NAME.mp4")
     command.add_argument("--seconds", type=float, help="compare the first seconds only (default: all)")
-    command.add_argument("--train", help="folder whose mean envelope counts as expected (default: the other references)")
-    command.add_argument("--embedding", help="for FAD: MODULE:FUNCTION or FILE.py:FUNCTION, wave (S,) at 16 kHz -> (n, D), or "
-                         "the name of a model whose embeddings fadtk wrote into the folders")
+    command.add_argument("--train", help="folder whose mean envelope is the expected one (default: the other references)")
+    command.add_argument("--embedding", help="for FAD: MODULE:FUNCTION or FILE.py:FUNCTION, wave (S,) at 16 kHz -> "
+                         "(n, D), or the name of a model whose embeddings fadtk wrote into the folders")
     command.add_argument("--i3d", help="for FVD and KVD: i3d_torchscript.pt")
     command.add_argument("--frames", type=int, nargs="+", default=[16, 18, 32, 36], help="(default: %(default)s)")
     command.add_argument("--sizes", type=int, nargs="+", default=[64, 128], help="in pixels (default: %(default)s)")
@@ -1154,12 +1141,8 @@ def folders_arguments(command):
     command.add_argument("--out", nargs="+", default=[], help="also write everything to .json, or the rows to .csv")
 
 
-def study(args):
-    """The command `study`."""
-    {"make": study_make, "read": study_read}[args.step](args)
-
-
-COMMANDS = {"worlds": worlds, "speed": speed, "folders": folders, "figure": figure, "study": study}
+COMMANDS = {"worlds": worlds, "speed": speed, "folders": folders, "figure": figure,
+            "study": lambda args: (study_make if args.step == "make" else study_read)(args)}
 
 
 if __name__ == "__main__":
