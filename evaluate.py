@@ -535,8 +535,8 @@ def video_rows(pairs, i3d, args):
             each = [distance(x, true[0]) for x in made]
             halves = distance(true[0][::2], true[0][1::2]) if len(pairs) > 3 else None
             note = f"per draw {np.mean(each):.1f} ± {np.std(each):.1f}" if len(made) > 1 else ""
-            yield row(f"{name}, {frames} frames ({size})", distance(np.concatenate(made), true[0]), paper, ceiling=halves,
-                      n=len(made) * len(pairs), note=note)
+            yield row(f"{name}, {frames} frames ({size})", distance(np.concatenate(made), true[0]), paper,
+                      ceiling=halves, n=len(made) * len(pairs), note=note)
 
 
 def embedder(name):
@@ -591,7 +591,8 @@ def extra(name):
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise ImportError(f"{name.partition('.')[0]} is not installed: pip install cmmd[eval]") from None
+        package = {"cv2": "opencv-python-headless"}.get(name, name.partition(".")[0])
+        raise ImportError(f"{package} is not installed: pip install {package}") from None
 
 
 def rhythm(wave, rate=16000):
@@ -701,8 +702,8 @@ def listen(pairs, args, embed, config):
         lengths = [len(wave) / config.sample_rate for wave in waves]
         for path, length in zip(paths, lengths):
             if abs(length - lengths[-1]) > SAME_LENGTH:
-                raise ValueError(f"{path}: {length:.2f} s long, its reference {lengths[-1]:.2f} s; make both one length, "
-                                 "or give --seconds to compare their beginnings")
+                raise ValueError(f"{path}: {length:.2f} s long, its reference {lengths[-1]:.2f} s; make them equal, or "
+                                 "give --seconds to compare their beginnings")
         waves = [wave[:min(map(len, waves))].copy() for wave in waves]
         true_motion = motion(pair.reference, args.seconds)
         seen = [true_motion if p.suffix.lower() in SOUND_TYPES else motion(p, args.seconds) for p in pair.generated]
@@ -734,8 +735,8 @@ def add_typical(clips, train=None):
 
 # ---------------------------------------------------------------- scores of pairs
 
-# rows {name: statistic of pooled counts}; what of the outputs and of the truths they need; count: (output, truth) ->
-# counts, or a string that says why there are none. A sound is compared with its own clip's picture, not with the truth's.
+# rows {name: statistic of pooled counts}; what of the output and of the truth they need; count: (output, truth) ->
+# counts, or a string that says why there are none. A sound is compared with its own clip's picture, not the truth's.
 Measure = namedtuple("Measure", "rows needs count")
 TABLE_2 = {"beat hit rate ±100 ms": "0.45 / 0.44 / 0.41", "beat hit rate ±500 ms": "0.89 / 0.91 / 0.89"}
 
@@ -852,7 +853,8 @@ def folders(args):
     rows += video_rows(pairs, i3d, args) if i3d else ()
     result |= {"clips": len(pairs), "draws": len(pairs[0].generated), "seconds": args.seconds, "machine": machine(),
                "left_out": [*left_out, *(f"{path}: not in {args.reference}" for path in unmatched)], "rows": rows}
-    result["not_asked"] = [name for name, asked in (("FAD (--embedding)", embed), ("FVD, KVD (--i3d)", i3d)) if not asked]
+    asked = {"FAD (--embedding)": embed, "FVD, KVD (--i3d)": i3d}
+    result["not_asked"] = [name for name, given in asked.items() if not given]
     print(folders_table(result))
     for path in args.out:
         write_result(path, result)
@@ -869,9 +871,9 @@ def folders_table(result):
     left = result["left_out"]
     notes = [f"Left out: {left[0]}" + (f", and {len(left) - 1} more" if left[1:] else "") + "."] if left else []
     notes += [f"Not asked for: {', '.join(result['not_asked'])}."] if result["not_asked"] else []
-    title = (f"{result['generated']} against {result['reference']}: {result['clips']} clips, {result['draws']} draw(s) of "
-             "each. ¹ CMMD / nCMMD / MM-Diffusion on AIST++. ² The same outputs against other clips' truths. ³ The truth in "
-             "the outputs' place: through --vocoder, with its own picture, or a part of the reference against the rest.")
+    title = (f"{result['generated']} against {result['reference']}: {result['clips']} clips, {result['draws']} draw(s) "
+             "of each. ¹ CMMD / nCMMD / MM-Diffusion on AIST++. ² The same outputs against other clips' truths. ³ The "
+             "truth as output: through --vocoder, with its own picture, or a part of the reference against the rest.")
     return "\n".join([*lines, "", title, *notes])
 
 
@@ -947,15 +949,15 @@ const state = JSON.parse(localStorage.getItem(study.id)) || {rater, at: 0, given
 const keep = () => localStorage.setItem(study.id, JSON.stringify(state));
 function show() {
   const done = state.at >= study.items.length, item = study.items[state.at];
-  $("where").textContent = done ? "" : `Clip ${state.at + 1} of ${study.items.length}: play it with sound, then rate it ` +
-    "from 1 (worst) to 5 (best).";
+  $("where").textContent = done ? "" : `Clip ${state.at + 1} of ${study.items.length}: play it with sound, then ` +
+    "rate it from 1 (worst) to 5 (best).";
   $("form").hidden = done; $("end").hidden = !done;
   if (done) return $("clip").removeAttribute("src");
   $("clip").src = item.src;
   $("questions").replaceChildren(...study.questions.map((text, q) => {
     const set = document.createElement("fieldset"), given = (state.given[item.id] || {})[q];
-    set.innerHTML = "<legend></legend>" + [1, 2, 3, 4, 5].map(v =>
-      `<label><input type="radio" required name="q${q}" value="${v}"${v == given ? "checked" : ""}> ${v}</label>`).join("");
+    set.innerHTML = "<legend></legend>" + [1, 2, 3, 4, 5].map(v => `<label><input type="radio" required name="q${q}" ` +
+      `value="${v}"${v == given ? "checked" : ""}> ${v}</label>`).join("");
     set.firstChild.textContent = text;
     set.onchange = e => { (state.given[item.id] ||= {})[q] = +e.target.value; keep(); };
     return set; }));
@@ -1042,13 +1044,14 @@ def study_read(args):
     print("| question | model | MOS | median | range | raters |\n" + "|---" * 6 + "|")
     for (question, model), raters in sorted(means.items()):
         x = list(raters.values())
-        print(f"| {question} | {model} | {np.mean(x):.2f} | {np.median(x):.2f} | {min(x):.2f}–{max(x):.2f} | {len(x)} |")
+        figures = f"{np.mean(x):.2f} | {np.median(x):.2f} | {min(x):.2f}–{max(x):.2f} | {len(x)}"
+        print(f"| {question} | {model} | {figures} |")
     pairs = [(a, b) for a, b in itertools.combinations(sorted(means), 2) if a[0] == b[0]]
     tests = [signed_rank([means[a][r] - means[b][r] for r in means[a] if r in means[b]]) for a, b in pairs]
     print("\n| question | models | W | n | zeros | p | p, Holm |\n" + "|---" * 7 + "|")
     for ((question, one), (_, two)), (w, p, n, zeros), q in zip(pairs, tests, holm([test[1] for test in tests])):
         print(f"| {question} | {one} – {two} | {w:g} | {n} | {zeros} | {p:.4f} | {q:.4f} |")
-    print("\nMeans per rater; Wilcoxon signed-rank, two-sided, exact with midranks, zeros dropped; Holm over all tests.")
+    print("\nMeans per rater. Wilcoxon signed-rank: two-sided, exact, midranks, zeros dropped; Holm over all tests.")
     if args.figure:
         draw(draw_mos, means, args.figure)
 
@@ -1106,7 +1109,7 @@ def arguments():
         command.add_argument("--steps", type=int, default=6, help="sampler steps (default: %(default)s)")
         command.add_argument("--device")
         command.add_argument("--out", help="also write everything to this .json, or the rows to this .csv")
-    folders_arguments(commands.add_parser("folders", help="a folder of clips against the true ones; the word may be left out"))
+    folders_arguments(commands.add_parser("folders", help="clips against the true ones; the word may be left out"))
     four = commands.add_parser("figure", help="the paper's Fig. 2 (of clips) or 4 (of what folders wrote)")
     four.add_argument("number", choices=["2", "4"])
     four.add_argument("picture", help=".png, .pdf or .svg to write")
@@ -1129,7 +1132,7 @@ def folders_arguments(command):
     command.add_argument("generated", help="folder of clips, any model's: NAME.mp4, or NAME.0.mp4, NAME.1.mp4 ...")
     command.add_argument("reference", help="folder of the true NAME.mp4")
     command.add_argument("--seconds", type=float, help="compare the first seconds only (default: all)")
-    command.add_argument("--train", help="folder whose mean envelope is the expected one (default: the other references)")
+    command.add_argument("--train", help="folder whose mean envelope is to be expected (default: the others')")
     command.add_argument("--embedding", help="for FAD: MODULE:FUNCTION or FILE.py:FUNCTION, wave (S,) at 16 kHz -> "
                          "(n, D), or the name of a model whose embeddings fadtk wrote into the folders")
     command.add_argument("--i3d", help="for FVD and KVD: i3d_torchscript.pt")
