@@ -2368,6 +2368,41 @@ def test_evaluate_fadtk_oracles(model, expected):
     assert found == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not (SHARED / "grid").is_dir(), reason="needs the real media of ../shared/data")
+def test_evaluate_real_faces_against_themselves_and_shuffled(tmp_path):
+    paths = sorted((SHARED / "grid" / "test").glob("*.mp4"))[:16]
+    order = np.random.default_rng(0).permutation(16)
+    for name, sources in (("same", paths), ("shuffled", [paths[k] for k in order])):
+        (tmp_path / name).mkdir()
+        for path, source in zip(paths, sources):
+            (tmp_path / name / path.name).symlink_to(source)
+    found = {}
+    for name in ("same", "shuffled"):
+        out = tmp_path / f"{name}.json"
+        assert evaluate.main([str(tmp_path / name), str(tmp_path / "same"), "--out", str(out)]) == 0
+        found[name] = {row["metric"]: row for row in json.loads(out.read_text())["rows"]}
+    for metric in ("onset F1 ±50 ms", "envelope correlation", "envelope correlation, residual"):
+        assert found["same"][metric]["value"] == pytest.approx(1) and found["same"][metric]["chance"] < 0.8
+    assert found["shuffled"]["onset F1 ±50 ms"]["value"] < 0.6
+    assert found["shuffled"]["envelope correlation"]["value"] > 0.4  # why the residual one is there
+    assert abs(found["shuffled"]["envelope correlation, residual"]["value"]) < 0.3
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (SHARED / "kitchen").is_dir(), reason="needs the real media of ../shared/data")
+def test_evaluate_fad_of_kitchen_sounds_grows_with_their_damage():
+    embed = evaluate.embedder(f"{SHARED / 'yamnet' / 'yamnet.py'}:embed")
+    waves = [data.read_audio(path).copy() for path in sorted((SHARED / "kitchen").glob("*.flac"))]
+    rng = np.random.default_rng(0)
+    noise = lambda wave: rng.standard_normal(len(wave)).astype(np.float32)
+    fit = lambda change, waves: evaluate.gaussian(np.concatenate([embed(None, change(wave)) for wave in waves]))
+    reference = fit(lambda wave: wave, waves[1::2])
+    changes = (lambda wave: wave, lambda wave: wave + wave.std() * noise(wave), lambda wave: 0.1 * noise(wave))
+    half, noisy, white = (evaluate.frechet(fit(change, waves[::2]), reference) for change in changes)
+    assert 3.5 < half < 6.5 and 15 < noisy < 30 and 45 < white < 80  # measured: 4.7, 23, 67
+
+
 # ==== packaging
 
 
