@@ -9,14 +9,24 @@ In reading order
     pictures and vocoders  psnr, bicubic_baseline, vocoder_quality
     worlds                 held-out clips with known events through files, models and detector, and their pictures
     speed                  seconds by stage, and peak memory, in a fresh process per length
-    command line           python evaluate.py worlds | pictures | speed
+    distances between sets frechet, kernel_distance; video_rows (Table 1), audio_distances
+    heard and seen         rhythm, motion, av_align, hear: all that is measured of one clip
+    folders of clips       match_folders, listen; measures: every score of pairs (Table 2); folders
+    figures                the paper's Fig. 2 and 4
+    the user study         study_make: the rating page; study_read: MOS, Fig. 5, signed_rank, holm
+    command line           python evaluate.py worlds | pictures | speed | folders | figure | study, or GENERATED REFERENCE
 
 Letters: B batch, T video frames, C channels, H W latent height and width, M mel bins, L mel frames, S samples,
 N clips, K kinds of ball. Times are seconds. Every figure is printed beside its chance level, its ceiling and n.
 """
 
 import argparse
+import base64
 import csv
+import functools
+import hashlib
+import importlib
+import itertools
 import json
 import os
 import platform
@@ -24,16 +34,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import namedtuple
+from collections import Counter, namedtuple
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from cmmd import atomic, generate
-from cmmd.data import KIND_HUE, KIND_PITCH, TEMPI, TRAINING_SEED, bounce, dance, read_video, write_clip
+from cmmd import Parser, atomic, generate
+from cmmd.data import (
+    KIND_HUE, KIND_PITCH, SOUND_TYPES, TEMPI, TRAINING_SEED, VIDEO_TYPES, bounce, check_output, dance, probe, read_audio,
+    read_video, write_clip)
 from cmmd.vae import to_frames, to_uint8
-from cmmd.vocoder import griffin_lim, log_mel, multi_resolution_stft
+from cmmd.vocoder import VocoderConfig, griffin_lim, load as load_vocoder, log_mel, multi_resolution_stft
 
 # The onset detector. Tuned once on true training sounds of `bounce`, then frozen.
 MEL_SHIFT, MEL_SCALE, MEL_CLAMP = 2.6, 1.3, (-1.9, 3.0)  # log10 mel -> about zero mean, unit variance
@@ -163,10 +175,9 @@ def pitch_counts(mels, found, clips, hop_seconds, templates, tolerance=TOLERANCE
 
 
 def share(counts):
-    """Pooled (..., 2) of (right, all) -> right / all; 0/0 is NaN."""
+    """Pooled (..., 2) of (right, all) -> right / all; NaN where all is 0."""
     right, total = np.moveaxis(np.asarray(counts, dtype=np.float64), -1, 0)
-    with np.errstate(invalid="ignore"):
-        return right / total
+    return np.divide(right, total, out=np.full_like(total, np.nan), where=total != 0)
 
 
 # ---------------------------------------------------------------- events in pictures
@@ -305,9 +316,6 @@ def vocoder_quality(made, true, config):
     mel_l1 = (log_mel(made, config) - log_mel(true, config)).abs().mean()
     distances = [multi_resolution_stft(*pair).mean(0, keepdim=True) for pair in zip(made.split(1), true.split(1))]
     return {"mel_l1": float(mel_l1), "stft": float(torch.cat(distances).mean())}
-
-
-# FVD, KVD, FAD, beats, AV-Align and the user study come here.
 
 
 # ---------------------------------------------------------------- worlds
@@ -520,11 +528,20 @@ def write_result(path, result):
     """Everything as .json, or the rows as .csv."""
     with atomic(path) as temporary, open(temporary, "w", newline="") as file:
         if Path(path).suffix == ".json":
-            json.dump(result, file, indent=1)
+            json.dump(finite(result), file, indent=1, allow_nan=False)
         else:
             table = csv.DictWriter(file, result["rows"][0])
             table.writeheader()
             table.writerows(result["rows"])
+
+
+def finite(result):
+    """The same, with None (JSON's null) for every NaN and infinity."""
+    if isinstance(result, dict):
+        return {key: finite(value) for key, value in result.items()}
+    if isinstance(result, (list, tuple)):
+        return [finite(value) for value in result]
+    return None if isinstance(result, float) and not np.isfinite(result) else result
 
 
 # ---------------------------------------------------------------- speed
@@ -541,9 +558,10 @@ def speed(args):
             write_clip(path, clip.video, fps=clip.fps)
             command = [sys.executable, __file__, "speed", "--child", str(path), "--steps", str(args.steps)]
             command += ["--weights", args.weights] + (["--device", args.device] if args.device else [])
-            child = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+            child = subprocess.run(command, capture_output=True, text=True)
             if child.returncode:
-                raise ValueError(f"the process that sampled {seconds:g} s of video ended with {child.returncode}")
+                said = child.stderr.strip().rpartition("\n")[2].removeprefix("evaluate.py: ")
+                raise ValueError(said or f"the process for {seconds:g} s of video ended with {child.returncode}")
             rows.append({"seconds": seconds, **json.loads(child.stdout)})
     print(speed_table(rows, args))
     if args.out:
@@ -600,11 +618,623 @@ def speed_table(rows, args):
                               f"weights {args.weights}, {args.steps} steps; {machine()}."])
 
 
+# ---------------------------------------------------------------- distances between sets
+
+TABLE_1 = {(16, 64): ("611 / 703 / 726", "58 / 83 / 48"), (18, 64): ("749 / 799 / 757", "70 / 187 / 71"),
+           (32, 64): ("765 / 708 / 871", "53 / 47 / 68"), (18, 128): ("934 / 1036 / –", "78 / 136 / –"),
+           (36, 128): ("973 / 882 / –", "49 / 49 / –")}  # FVD and KVD of CMMD / nCMMD / MM-Diffusion
+
+
+def gaussian(x):
+    """Features (n, D), n >= 2 -> their mean (D,) and a factor (min(n, D), D) of the covariance: factor.T @ factor."""
+    x = np.asarray(x, dtype=np.float64)
+    if x.ndim != 2 or len(x) < 2:
+        raise ValueError(f"features of shape {x.shape}: expected (n, D) with n of at least 2")
+    factor = (x - x.mean(0)) / np.sqrt(len(x) - 1)
+    return x.mean(0), np.linalg.qr(factor, mode="r") if len(x) > x.shape[1] else factor
+
+
+def frechet(one, two):
+    """Fréchet distance (FVD, FAD) of two fits by `gaussian`: |m1 - m2|^2 + Tr(C1 + C2 - 2 (C1 C2)^(1/2)).
+
+    With C1 = A'A and C2 = B'B the trace of the root is the sum of the singular values of AB': no matrix root."""
+    (mean, a), (other, b) = one, two
+    root = np.linalg.svd(a @ b.T, compute_uv=False).sum()
+    return max(0.0, float(((mean - other) ** 2).sum() + (a ** 2).sum() + (b ** 2).sum() - 2 * root))
+
+
+def kernel_distance(x, y):
+    """Unbiased squared MMD (KVD) of features (m, D) and (n, D) with the kernel (x.y / D + 1)^3; may be below 0."""
+    x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    kernel = lambda a, b: (a @ b.T / a.shape[1] + 1) ** 3
+    own = lambda k: (k.sum() - np.trace(k)) / (len(k) * (len(k) - 1))
+    return float(own(kernel(x, x)) + own(kernel(y, y)) - 2 * kernel(x, y).mean())
+
+
+def video_logits(i3d, paths, frames, size, batch, device):
+    """I3D's logits (N, 400) of the first `frames` frames of N files, at 10 fps and `size` px."""
+    rows = []
+    for part in batches(paths, batch):
+        clips = [read_video(path, fps=FPS, size=size, seconds=frames / FPS) for path in part]
+        for path, clip in zip(part, clips):
+            if len(clip) < frames:
+                raise ValueError(f"{path}: has {len(clip)} frames at {FPS} fps, not {frames}")
+        x = torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3).float()  # (B, 3, T, H, W) in 0 to 255
+        rows.append(i3d(x.to(device), rescale=True, resize=True, return_features=True).cpu())
+    return torch.cat(rows).double().numpy()
+
+
+def load_i3d(path, device):
+    """The I3D TorchScript file that the user has; ValueError for another."""
+    try:
+        return torch.jit.load(path, map_location=device or "cpu").eval()
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{path}: no TorchScript file ({reason}); give i3d_torchscript.pt") from None
+
+
+def video_rows(pairs, i3d, args):
+    """Rows of FVD and KVD for every length and size: K N fakes against N reals pooled, and the mean over draws."""
+    draws = list(zip(*(pair.generated for pair in pairs)))  # K tuples of N paths
+    for frames, size in itertools.product(args.frames, args.sizes):
+        try:
+            with torch.no_grad():
+                made, true = ([video_logits(i3d, paths, frames, size, args.batch, args.device or "cpu")
+                               for paths in group] for group in (draws, [[pair.reference for pair in pairs]]))
+        except ValueError as error:
+            yield row(f"FVD, KVD, {frames} frames ({size})", note=f"all: {error}")
+            continue
+        distances = {"FVD": lambda x, y: frechet(gaussian(x), gaussian(y)), "KVD": kernel_distance}
+        for (name, distance), paper in zip(distances.items(), TABLE_1.get((frames, size), ("", ""))):
+            each = [distance(x, true[0]) for x in made]
+            halves = distance(true[0][::2], true[0][1::2]) if len(pairs) > 3 else None
+            note = f"per draw {np.mean(each):.1f} ± {np.std(each):.1f}" if len(made) > 1 else ""
+            yield row(f"{name}, {frames} frames ({size})", distance(np.concatenate(made), true[0]), paper,
+                      ceiling=halves, n=len(made) * len(pairs), note=note)
+
+
+def embedder(name):
+    """--embedding -> function (path, wave (S,) at 16 kHz) -> (n, D): fadtk's .npy files, or anybody's function."""
+    module, colon, function = name.rpartition(":")
+    if not colon:
+        return lambda path, wave: np.load(path.parent / "embeddings" / name / f"{path.stem}.npy", allow_pickle=False)
+    folder, module = (str(Path(module).parent), Path(module).stem) if module.endswith(".py") else (".", module)
+    sys.path.insert(0, folder)
+    try:
+        call = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"--embedding {name}: {error}; give MODULE:FUNCTION or FILE.py:FUNCTION") from None
+    finally:
+        sys.path.remove(folder)
+    first = lambda x: x[0] if isinstance(x, tuple) else x  # some also return their class scores
+    return lambda path, wave: np.asarray(first(call(wave)), dtype=np.float64)
+
+
+def audio_distances(made, true, others):
+    """Embeddings (n, D) of N outputs, of their truths, and of the reference's other clips -> FAD per set and sample.
+
+    Clips of other lengths give other numbers of embeddings, and those are not comparable: ValueError."""
+    sizes = {len(x) for x in (*made, *true, *others)}
+    if len(sizes) > 1:
+        raise ValueError(f"clips give {min(sizes)} to {max(sizes)} embeddings: --seconds cuts all to one length")
+    reference = gaussian(np.concatenate([*true, *others]))
+    one, two = (true, others) if others else (true[::2], true[1::2])
+    ceiling = frechet(gaussian(np.concatenate(one)), reference if others else gaussian(np.concatenate(two)))
+    single = [[frechet(gaussian(x), reference) for x in group if len(x) > 1] for group in (made, true)]
+    return {"set": frechet(gaussian(np.concatenate(made)), reference), "ceiling": ceiling,
+            "samples": single[0], "truth_samples": single[1]}
+
+
+# ---------------------------------------------------------------- what is heard and seen in a clip
+
+FPS = 10
+MUSIC_RATE = 22050  # Hz, librosa's default, which the beat tracker's settings are made for
+BEAT_SECONDS = 3.6  # s; on less the tracker errs by up to 254 ms even on a click track
+STILL = 0.1  # px, mean flow below which nothing moves
+SAME_LENGTH = 0.1  # s by which a clip and its truth may differ
+ROTATIONS = 20  # wrong pairings of all clips that chance is the mean of
+
+# Of one clip: onset times (s), envelope (L,), beat times, seconds that hold an onset, times of AV-Align's peaks in
+# sound and picture, embeddings (n, D), the envelope to be expected. Where there is none, a string says why.
+Heard = namedtuple("Heard", "onsets envelope beats bins sound_peaks motion_peaks embedding typical", defaults=(0,))
+Pair = namedtuple("Pair", "name generated reference")  # paths of K draws and of the truth
+
+
+def extra(name):
+    """Import a package of the `eval` extra, or say in one line what to install."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        package = {"cv2": "opencv-python-headless"}.get(name, name.partition(".")[0])
+        raise ImportError(f"{package} is not installed: pip install {package}") from None
+
+
+def rhythm(wave, rate=16000):
+    """Wave (S,) -> librosa's beats (s), the seconds that hold an onset, onsets as AV-Align takes them (s)."""
+    try:
+        librosa = extra("librosa")
+    except ImportError as error:
+        return (str(error),) * 3
+    y = librosa.resample(wave, orig_sr=rate, target_sr=MUSIC_RATE)
+    beats = "shorter than 3.6 s"
+    if len(wave) >= (BEAT_SECONDS - 0.05) * rate:
+        beats = librosa.beat.beat_track(y=y, sr=MUSIC_RATE, units="time")[1]
+    strength = librosa.onset.onset_strength(y=y, sr=MUSIC_RATE)
+    detect = functools.partial(librosa.onset.onset_detect, onset_envelope=strength, sr=MUSIC_RATE, units="time")
+    bins = np.unique(detect(wait=1, delta=0.2, pre_avg=1, post_avg=1, post_max=1).astype(int))
+    return beats, bins, detect()
+
+
+def motion(path, seconds=None, size=128):
+    """Times (s) at which the mean optical flow of a file's picture peaks; a string where there is no telling."""
+    try:
+        cv2 = extra("cv2")
+        video = read_video(path, fps=FPS, size=size, seconds=seconds)
+    except (ImportError, ValueError) as error:
+        return str(error)
+    grey = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in video]
+    flows = (cv2.calcOpticalFlowFarneback(*pair, None, 0.5, 3, 15, 3, 5, 1.2, 0) for pair in zip(grey, grey[1:]))
+    return flow_peaks([float(np.linalg.norm(flow, axis=2).mean()) for flow in flows]) / FPS
+
+
+def flow_peaks(flow):
+    """Frames at which the flow from the frame before, (T - 1,) in px, is larger than on either side."""
+    flow = np.array([*flow[:1], *flow])
+    middle = flow[1:-1]
+    return 1 + np.flatnonzero((flow[:-2] < middle) & (middle > flow[2:]) & (middle >= STILL))
+
+
+def av_align(sound, picture, window=1 / FPS):
+    """TempoTokens' intersection over union of peak times (s): a sound takes the first free peak nearer than window."""
+    free, matched = list(picture), 0
+    for time in sound:
+        near = next((peak for peak in free if abs(time - peak) < window - 1e-9), None)
+        if near is not None:
+            free.remove(near)
+            matched += 1
+    union = len(sound) + len(picture) - matched
+    return matched / union if union else "no peaks at all"
+
+
+def hear(wave, config, picture="no picture", embedding=()):
+    """All that is measured of one sound (S,) at config.sample_rate -> Heard."""
+    wave = np.pad(wave, (0, max(0, config.n_fft - len(wave))))
+    mel = log_mel(torch.from_numpy(wave)[None], config)[0].numpy()
+    return Heard(onsets(mel, config.hop / config.sample_rate), mel.mean(axis=0, dtype=np.float64),
+                 *rhythm(wave, config.sample_rate), picture, embedding)
+
+
+# ---------------------------------------------------------------- folders of clips
+
+KINDS = (*VIDEO_TYPES, *SOUND_TYPES, ".avi", ".m4v", ".mp3", ".m4a", ".ogg", ".opus")
+
+
+def clip_files(folder):
+    """{name without ending: path} of a folder's clips, sorted."""
+    if not Path(folder).is_dir():
+        raise ValueError(f"{folder}: no such folder; give one with clips")
+    files = {}
+    for path in sorted(p for p in Path(folder).iterdir() if p.suffix.lower() in KINDS):
+        if files.setdefault(path.stem, path) != path:
+            raise ValueError(f"{path}: {files[path.stem].name} has the same name; keep one of them")
+    return files
+
+
+def match_folders(generated, reference):
+    """Clips by name: NAME.mp4, or K draws NAME.0.mp4, NAME.1.mp4 ... for the reference's NAME.mp4 -> Pairs, and what
+    either folder has beyond them (paths)."""
+    made, true, found = clip_files(generated), clip_files(reference), {}
+    for stem in made:
+        name, _, draw = stem.rpartition(".")
+        name = stem if stem in true else name if draw.isdigit() else None
+        if name in true:
+            found.setdefault(name, []).append(made[stem])
+    if len(found) < 2:
+        raise ValueError(f"{generated}: {len(found)} of its {len(made)} clips are named as one of the {len(true)} in "
+                         f"{reference}; at least two are needed")
+    draws = sorted({len(paths) for paths in found.values()})
+    if len(draws) > 1:
+        raise ValueError(f"{generated}: {draws[0]} to {draws[-1]} draws of a clip; make as many of each")
+    order = lambda paths: sorted(paths, key=lambda path: (len(path.name), path.name))
+    pairs = [Pair(name, order(paths), true[name]) for name, paths in found.items()]
+    used = {path for pair in pairs for path in pair.generated}
+    return pairs, [p for p in made.values() if p not in used], [true[name] for name in true if name not in found]
+
+
+def listen(pairs, args, embed, config):
+    """Every clip of the pairs, heard -> [(K Heard, the truth Heard, and through --vocoder or None)], and why others
+    were left out. Outputs and truth are cut to the same length."""
+    vocoder = load_vocoder(args.vocoder).eval() if args.vocoder else None
+    clips, left_out = [], []
+    for pair in pairs:
+        paths = [*pair.generated, pair.reference]
+        try:
+            waves = [read_audio(path, config.sample_rate, seconds=args.seconds) for path in paths]
+        except ValueError as error:
+            left_out.append(str(error))
+            continue
+        lengths = [len(wave) / config.sample_rate for wave in waves]
+        for path, length in zip(paths, lengths):
+            if abs(length - lengths[-1]) > SAME_LENGTH:
+                raise ValueError(f"{path}: {length:.2f} s long, its reference {lengths[-1]:.2f} s; make them equal, or "
+                                 "give --seconds to compare their beginnings")
+        waves = [wave[:min(map(len, waves))].copy() for wave in waves]
+        true_motion = motion(pair.reference, args.seconds)
+        seen = [true_motion if p.suffix.lower() in SOUND_TYPES else motion(p, args.seconds) for p in pair.generated]
+        *made, true = (hear(wave, config, peaks, embed(path, wave) if embed else ())
+                       for wave, path, peaks in zip(waves, paths, [*seen, true_motion]))
+        clips.append((made, true, vocoder and hear(through_vocoder(waves[-1], vocoder), config, true_motion)))
+    return clips, left_out
+
+
+def through_vocoder(wave, vocoder):
+    """A wave (S,), made anew from its mel: the most that any model with this vocoder could reach."""
+    padded = torch.from_numpy(np.pad(wave, (0, -len(wave) % vocoder.config.hop)))[None]
+    with torch.no_grad():
+        return vocoder.decode(log_mel(padded, vocoder.config))[0, :len(wave)].numpy()
+
+
+def add_typical(clips, train=None):
+    """Cut all envelopes to one length, and give every truth what to expect at each position: the mean envelope of the
+    other clips' truths, or of the training envelopes `train`."""
+    length = min(len(x.envelope) for made, true, again in clips for x in (*made, true))
+    length = min([length] + [len(x) for x in train or ()])
+    cut = lambda heard: heard and heard._replace(envelope=heard.envelope[:length])
+    clips = [([cut(x) for x in made], cut(true), cut(again)) for made, true, again in clips]
+    total = sum(true.envelope for _, true, _ in clips)
+    mean = np.mean([x[:length] for x in train], axis=0) if train else None
+    typical = lambda true: (total - true.envelope) / (len(clips) - 1) if mean is None else mean
+    return [(made, true._replace(typical=typical(true)), again) for made, true, again in clips]
+
+
+# ---------------------------------------------------------------- scores of pairs
+
+# rows {name: statistic of pooled counts}; what of the output and of the truth they need; count: (output, truth) ->
+# counts, or a string that says why there are none. A sound is compared with its own clip's picture, not the truth's.
+Measure = namedtuple("Measure", "rows needs count")
+TABLE_2 = {"beat hit rate ±100 ms": "0.45 / 0.44 / 0.41", "beat hit rate ±500 ms": "0.89 / 0.91 / 0.89"}
+
+
+def beat_counts(made, true, tolerance):
+    """(hit rate, 1, matched, found, true): the first two average over clips, the others pool."""
+    if not len(true.beats):
+        return "no beat in the reference"
+    matched = len(match(made.beats, true.beats, tolerance))
+    return matched / len(true.beats), 1, matched, len(made.beats), len(true.beats)
+
+
+def align_counts(made, true):
+    value = av_align(made.sound_peaks, true.motion_peaks)
+    return value if isinstance(value, str) else (value, 1)
+
+
+def envelope_counts(made, true, typical=None):
+    value = envelope_correlation(made.envelope[None], true.envelope[None], typical)[0]
+    return "constant loudness" if np.isnan(value) else (value, 1)
+
+
+def measures():
+    """Every score of pairs, in the order of the table."""
+    onset, beat, envelopes = (("onsets",) * 2, ("beats",) * 2, ("envelope",) * 2)
+    for ms in (50, 100):
+        yield Measure({f"onset {name} ±{ms} ms": lambda c, part=part: getattr(scores(c), part)
+                       for name, part in (("F1", "f1"), ("precision", "precision"), ("recall", "recall"))}, onset,
+                      lambda a, b, s=ms / 1000: (len(match(a.onsets, b.onsets, s)), len(a.onsets), len(b.onsets)))
+    for ms in (100, 500):
+        yield Measure({f"beat hit rate ±{ms} ms": lambda c: share(c[..., :2]),
+                       f"beat precision ±{ms} ms": lambda c: scores(c[..., 2:]).precision,
+                       f"beat F1 ±{ms} ms": lambda c: scores(c[..., 2:]).f1},
+                      beat, functools.partial(beat_counts, tolerance=ms / 1000))
+    yield Measure({"beats, generated ÷ true": lambda c: share(c[..., 3:])}, beat, lambda a, b: beat_counts(a, b, 0.1))
+    yield Measure({"CDCD beat coverage": lambda c: share(c[..., 1:]), "CDCD beat hit": lambda c: share(c[..., ::2])},
+                  ("bins",) * 2, lambda a, b: (len(np.intersect1d(a.bins, b.bins)), len(a.bins), len(b.bins)))
+    yield Measure({"AV-Align": share}, ("sound_peaks", "motion_peaks"), align_counts)
+    yield Measure({"envelope correlation": share}, envelopes, envelope_counts)
+    yield Measure({"envelope correlation, residual": share}, envelopes, lambda a, b: envelope_counts(a, b, b.typical))
+
+
+def pair_rows(measure, clips):
+    """Rows of one measure over listened clips: value with its interval over clips, chance, ceiling."""
+    own = measure.needs[1] == "motion_peaks"
+    other = lambda made, true: made if own else true
+
+    def count(made, true):
+        needed = getattr(made, measure.needs[0]), getattr(true, measure.needs[1])
+        return next((why for why in needed if isinstance(why, str)), None) or measure.count(made, true)
+
+    kept = lambda counted: [c for c in counted if not isinstance(c, str)]
+    each = [[count(x, other(x, true)) for x in made] for made, true, _ in clips]
+    why = Counter(c for counted in each for c in counted if isinstance(c, str))
+    note = "; ".join(f"{n}: {reason}" for reason, n in why.items())
+    per_clip = [sum_of(kept(counted)) for counted in each if kept(counted)]
+    if not per_clip:
+        yield row(", ".join(measure.rows), note=note)
+        return
+    turns = np.unique(np.linspace(1, len(clips) - 1, ROTATIONS).astype(int))  # each pairs every clip with another
+    strange = kept(count(x, other(y, clips[i - turn][1])) for turn in turns for i, (made, _, _) in enumerate(clips)
+                   for x, y in zip(made, clips[i - turn][0]))
+    best = kept(count(again or true, true) for _, true, again in clips if again or own)
+    for name, statistic in measure.rows.items():
+        value, low, top = (float(statistic(sum_of(c))) if c else None for c in (per_clip, strange, best))
+        yield row(name, value, TABLE_2.get(name, ""), bootstrap(np.array(per_clip), statistic), low, top,
+                  sum(len(kept(counted)) for counted in each), note)
+
+
+def sum_of(counts):
+    return np.sum(counts, axis=0, dtype=float)
+
+
+def row(metric, value=None, paper="", interval=(None, None), chance=None, ceiling=None, n=0, note=""):
+    """A line of the table; `note` says what was skipped and why."""
+    return {"metric": metric, "paper": paper, "value": value, "low": interval[0], "high": interval[1],
+            "chance": chance, "ceiling": ceiling, "n": n, "note": note}
+
+
+def fad_rows(clips, others, result):
+    """Rows of the Fréchet audio distances; the values behind Fig. 4 go into `result`."""
+    made = [x.embedding for draws, _, _ in clips for x in draws]
+    try:
+        fad = audio_distances(made, [true.embedding for _, true, _ in clips], others)
+    except ValueError as error:
+        return [row("FAD", note=f"all: {error}")]
+    result["fad"] = fad
+    few = "" if fad["samples"] else f"{len(made)}: one embedding a clip, two are needed"
+    median = lambda key: float(np.median(fad[key])) if fad[key] else None
+    return [row("FAD per set", fad["set"], ceiling=fad["ceiling"], n=len(made)),
+            row("FAD per sample, median", median("samples"), "", (None, None), None, median("truth_samples"),
+                len(fad["samples"]), few)]
+
+
+def folders(args):
+    """The command `folders`: one table over two folders of clips, the paper's values beside."""
+    for path in args.out:
+        check_out(path)
+    embed = embedder(args.embedding) if args.embedding else None
+    i3d = load_i3d(args.i3d, args.device) if args.i3d else None
+    config, result = VocoderConfig(), {"generated": args.generated, "reference": args.reference}
+    pairs, unmatched, others = match_folders(args.generated, args.reference)
+    clips, left_out = listen(pairs, args, embed, config)
+    if len(clips) < 2 and not i3d:
+        raise ValueError(f"{args.generated}: {len(clips)} of {len(pairs)} clips have a sound ({left_out[0]})")
+    rows = []
+    if len(clips) > 1:
+        read = lambda path: read_audio(path, config.sample_rate, seconds=args.seconds).copy()
+        train = [hear(read(path), config).envelope for path in clip_files(args.train).values()] if args.train else None
+        clips = add_typical(clips, train)
+        rows = [line for measure in measures() for line in pair_rows(measure, clips)]
+    if embed and len(clips) > 1:
+        rows += fad_rows(clips, [embed(path, read(path)) for path in others], result)
+    rows += video_rows(pairs, i3d, args) if i3d else ()
+    result |= {"clips": len(pairs), "draws": len(pairs[0].generated), "seconds": args.seconds, "machine": machine(),
+               "left_out": [*left_out, *(f"{path}: not in {args.reference}" for path in unmatched)], "rows": rows}
+    asked = {"FAD (--embedding)": embed, "FVD, KVD (--i3d)": i3d}
+    result["not_asked"] = [name for name, given in asked.items() if not given]
+    print(folders_table(result))
+    for path in args.out:
+        write_result(path, result)
+
+
+def folders_table(result):
+    """The markdown table, and the lines below it."""
+    lines = ["| metric | paper¹ | ours [95 %] | chance² | ceiling³ | n | skipped, notes |", "|---" * 7 + "|"]
+    digits = lambda x: "–" if x is None or np.isnan(x) else f"{x:.3f}" if abs(x) < 10 else f"{x:.1f}"
+    for line in result["rows"]:
+        interval = "" if line["low"] is None else f" [{digits(line['low'])}, {digits(line['high'])}]"
+        lines.append(f"| {line['metric']} | {line['paper']} | {digits(line['value'])}{interval} | "
+                     f"{digits(line['chance'])} | {digits(line['ceiling'])} | {line['n']} | {line['note']} |")
+    left = result["left_out"]
+    notes = [f"Left out: {left[0]}" + (f", and {len(left) - 1} more" if left[1:] else "") + "."] if left else []
+    notes += [f"Not asked for: {', '.join(result['not_asked'])}."] if result["not_asked"] else []
+    title = (f"{result['generated']} against {result['reference']}: {result['clips']} clips, {result['draws']} draw(s) "
+             "of each. ¹ CMMD / nCMMD / MM-Diffusion on AIST++. ² The same outputs against other clips' truths. ³ The "
+             "truth as output: through --vocoder, with its own picture, or a part of the reference against the rest.")
+    return "\n".join([*lines, "", title, *notes])
+
+
+# ---------------------------------------------------------------- figures
+
+def figure(args):
+    """The command `figure`: the paper's Fig. 2 of a clip, or Fig. 4 of results of `folders`."""
+    draw({"2": draw_events, "4": draw_fad}[args.number], args.files, args.picture)
+
+
+def draw(function, content, path):
+    """Let function(drawing, content) draw on an empty figure, and write it to .png, .pdf or .svg."""
+    with atomic(check_output(path, (".png", ".pdf", ".svg"))) as temporary:
+        drawing = extra("matplotlib.figure").Figure(figsize=(10, 5), dpi=120, layout="constrained")
+        function(drawing, content)
+        drawing.savefig(temporary)
+
+
+def draw_events(drawing, files, tolerance=TOLERANCES[1]):
+    """Fig. 2: frames, the true mel, generated mels; true onsets circled, green where matched and red where missed."""
+    config = VocoderConfig()
+    hop = config.hop / config.sample_rate
+    waves = [torch.from_numpy(read_audio(path, config.sample_rate).copy()) for path in files]
+    mels = [log_mel(wave[None], config)[0].numpy() for wave in waves]
+    seconds, axes = mels[0].shape[1] * hop, drawing.subplots(1 + len(files))
+    video = read_video(files[0], fps=FPS, size=128)
+    shown = video[np.linspace(0, len(video) - 1, 12).round().astype(int)]
+    axes[0].imshow(np.concatenate(shown, axis=1), aspect="auto", extent=(0, seconds, 0, 1))
+    axes[0].set(yticks=[])
+    true = onsets(mels[0], hop)
+    for axis, path, mel in zip(axes[1:], files, mels):
+        axis.imshow(mel, aspect="auto", origin="lower", cmap="magma", extent=(0, mel.shape[1] * hop, 0, len(mel)))
+        found = onsets(mel, hop)
+        hits = {j: found[i] for i, j in match(found, true, tolerance)}
+        for j, time in enumerate(true):
+            frame = int(np.clip((hits.get(j, time) + ONSET_BIAS) / hop - 0.5, 1, mel.shape[1] - 1))
+            loudest = np.argmax(mel[:, frame] - mel[:, frame - 1])  # the bin that rises most
+            axis.plot(hits.get(j, time), loudest, "o", ms=16, mfc="none", mew=2, mec="lime" if j in hits else "red")
+        axis.set(xlim=(0, seconds), ylabel="mel bin", title=f"{path}: {len(hits)} of {len(true)} true onsets")
+    axes[-1].set_xlabel("s")
+
+
+def draw_fad(drawing, files):
+    """Fig. 4: FAD per sample as boxes with whiskers of 1.5 interquartile ranges, per set as x; the truth first."""
+    names, boxes, sets = ["truth"], [], []
+    for path in files:
+        fad = json.loads(Path(path).read_text()).get("fad")
+        if not fad or not fad["samples"]:
+            raise ValueError(f"{path}: holds no FAD per sample; make it with: folders ... --embedding E --out {path}")
+        boxes, sets = boxes or [fad["truth_samples"]], sets or [fad["ceiling"]]
+        names, boxes, sets = names + [Path(path).stem], boxes + [fad["samples"]], sets + [fad["set"]]
+    axis = drawing.subplots()
+    axis.boxplot(boxes, tick_labels=names, whis=1.5, flierprops={"marker": "+", "markeredgecolor": "red"})
+    axis.plot(range(1, len(sets) + 1), sets, "kx", ms=9)
+    axis.set_ylabel("Fréchet audio distance: boxes per sample, × per set")
+
+
+# ---------------------------------------------------------------- the user study
+
+QUESTIONS = {"audio-to-video": ("Video quality", "Temporal alignment of sound and picture"),
+             "dance": ("Acoustic quality", "Musical quality", "Synchronisation of the dancer to the music"),
+             "sounds": ("Acoustic quality", "Semantic quality: do the sounds make sense in this scene, timing aside?",
+                        "Synchronisation of what is heard and seen")}
+PAGE = """<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>Rating of clips</title>
+<style>body{font:18px sans-serif;max-width:42em;margin:1em auto}video{width:100%;max-height:55vh;background:#000}
+label{margin-right:1.2em}fieldset{margin:.6em 0}button{font:inherit;padding:.4em 2em}</style>
+<h1>Rating of clips</h1><p id="where"></p><form id="form"><video id="clip" controls playsinline></video>
+<div id="questions"></div><button id="next">Next</button></form>
+<p id="end" hidden>Thank you. <button id="save">Download the ratings</button> Please send the file back.</p>
+<script>
+const study = STUDY, $ = id => document.getElementById(id), rater = Math.random().toString(36).slice(2);
+const state = JSON.parse(localStorage.getItem(study.id)) || {rater, at: 0, given: {}};
+const keep = () => localStorage.setItem(study.id, JSON.stringify(state));
+function show() {
+  const done = state.at >= study.items.length, item = study.items[state.at];
+  $("where").textContent = done ? "" : `Clip ${state.at + 1} of ${study.items.length}: play it with sound, then ` +
+    "rate it from 1 (worst) to 5 (best).";
+  $("form").hidden = done; $("end").hidden = !done;
+  if (done) return $("clip").removeAttribute("src");
+  $("clip").src = item.src;
+  $("questions").replaceChildren(...study.questions.map((text, q) => {
+    const set = document.createElement("fieldset"), given = (state.given[item.id] || {})[q];
+    set.innerHTML = "<legend></legend>" + [1, 2, 3, 4, 5].map(v => `<label><input type="radio" required name="q${q}" ` +
+      `value="${v}"${v == given ? "checked" : ""}> ${v}</label>`).join("");
+    set.firstChild.textContent = text;
+    set.onchange = e => { (state.given[item.id] ||= {})[q] = +e.target.value; keep(); };
+    return set; }));
+}
+$("form").onsubmit = e => { e.preventDefault();
+  if (!$("clip").played.length && !$("clip").error) return alert("Please play the clip first.");
+  state.at += 1; keep(); show(); };
+$("save").onclick = () => { const lines = ["study,rater,item,question,rating"];
+  for (const [item, given] of Object.entries(state.given)) for (const [q, rating] of Object.entries(given))
+    lines.push([study.id, state.rater, item, q, rating].join());
+  const a = document.createElement("a"); a.download = `${study.id}-${state.rater}.csv`;
+  a.href = URL.createObjectURL(new Blob([lines.join("\\n") + "\\n"], {type: "text/csv"})); a.click(); };
+keep(); show();
+</script></html>"""
+
+
+def study_make(args):
+    """`study make`: one static page with all clips in it, in a seeded order under blind numbers, and its key as CSV."""
+    page, items = check_output(args.page, (".html",)), []
+    for name, _, folder in (model.partition("=") for model in args.model):
+        if not folder:
+            raise ValueError(f"--model {name}: expected NAME=FOLDER")
+        items += [(name, path) for path in clip_files(folder).values()]
+    for _, path in items:
+        media = probe(path)
+        if path.suffix.lower() not in (".mp4", ".webm") or not (media.video and media.audio):
+            raise ValueError(f"{path}: a page needs .mp4 or .webm clips with picture and sound")
+    order = [items[i] for i in np.random.default_rng(args.seed).permutation(len(items))]
+    source = lambda path: f"data:video/{path.suffix[1:].lower()};base64,{base64.b64encode(path.read_bytes()).decode()}"
+    shown = [{"id": str(k + 1), "src": source(path)} for k, (_, path) in enumerate(order)]
+    study = {"questions": QUESTIONS[args.task], "items": shown}
+    study["id"] = f"{args.task}-" + hashlib.sha256(json.dumps(study).encode()).hexdigest()[:8]
+    with atomic(page) as temporary:
+        temporary.write_text(PAGE.replace("STUDY", json.dumps(study), 1), encoding="utf-8")
+    key = page.with_suffix(".key.csv")
+    write_result(key, {"rows": [{"study": study["id"], "item": k + 1, "model": name, "clip": path.name}
+                                for k, (name, path) in enumerate(order)]})
+    print(f"{page}: {len(order)} clips, {page.stat().st_size / 2 ** 20:.1f} MiB; its key, not for raters: {key}")
+
+
+def signed_rank(differences):
+    """Wilcoxon's signed-rank test -> statistic, two-sided p, n without zeros, zeros. Exact for ties too: the share of
+    all 2^n signs of the (mid-)ranks that are as extreme. Differences are rounded to 1e-6: no float decides."""
+    d = np.round(np.asarray(differences, dtype=np.float64), 6)
+    zeros, d = int((d == 0).sum()), d[d != 0]
+    size = np.abs(d)
+    twice = (size[:, None] > size).sum(1) * 2 + (size[:, None] == size).sum(1) + 1  # 2 x midrank: whole numbers
+    chances = np.ones(1)  # of every sum of the ranks with a positive sign
+    for rank in twice:
+        chances = (np.pad(chances, (0, rank)) + np.pad(chances, (rank, 0))) / 2
+    low = min(int(twice[d > 0].sum()), int(twice[d < 0].sum()))
+    return low / 2, min(1.0, 2 * float(chances[:low + 1].sum())), len(d), zeros
+
+
+def holm(p):
+    """Holm's correction of p values for their number."""
+    p, order = np.asarray(p, dtype=np.float64), np.argsort(p)
+    corrected = np.empty(len(p))
+    corrected[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)))
+    return corrected.tolist()
+
+
+def read_ratings(files, keys):
+    """Files of ratings and of keys -> {(question, model): {rater: mean rating}}."""
+    lines = lambda path: csv.DictReader(Path(path).read_text(encoding="utf-8").splitlines())
+    models = {(line["study"], line["item"]): line["model"] for path in keys for line in lines(path)}
+    given, means = {}, {}  # given first: a file read twice counts once
+    for path in files:
+        for line in lines(path):
+            try:
+                item, rating = (line["study"], line["item"]), {str(k): k for k in range(1, 6)}[line["rating"]]
+                question = QUESTIONS[line["study"].rpartition("-")[0]][int(line["question"])]
+                given.setdefault((question, models[item], line["rater"]), {})[item] = rating
+            except (LookupError, ValueError) as error:
+                raise ValueError(f"{path}: {error} is unknown; expected ratings of 1 to 5 of a --key's study") from None
+    for (question, model, rater), ratings in given.items():
+        means.setdefault((question, model), {})[rater] = float(np.mean(list(ratings.values())))
+    return means
+
+
+def study_read(args):
+    """`study read`: mean opinion scores and tests between models over raters, and Fig. 5."""
+    means = read_ratings(args.files, args.key)
+    print("| question | model | MOS | median | range | raters |\n" + "|---" * 6 + "|")
+    for (question, model), raters in sorted(means.items()):
+        x = list(raters.values())
+        figures = f"{np.mean(x):.2f} | {np.median(x):.2f} | {min(x):.2f}–{max(x):.2f} | {len(x)}"
+        print(f"| {question} | {model} | {figures} |")
+    pairs = [(a, b) for a, b in itertools.combinations(sorted(means), 2) if a[0] == b[0]]
+    tests = [signed_rank([means[a][r] - means[b][r] for r in means[a] if r in means[b]]) for a, b in pairs]
+    print("\n| question | models | W | n | zeros | p | p, Holm |\n" + "|---" * 7 + "|")
+    for ((question, one), (_, two)), (w, p, n, zeros), q in zip(pairs, tests, holm([test[1] for test in tests])):
+        print(f"| {question} | {one} – {two} | {w:g} | {n} | {zeros} | {p:.4f} | {q:.4f} |")
+    print("\nMeans per rater. Wilcoxon signed-rank: two-sided, exact, midranks, zeros dropped; Holm over all tests.")
+    if args.figure:
+        draw(draw_mos, means, args.figure)
+
+
+def draw_mos(drawing, means):
+    """Fig. 5: boxes of the raters' means by question and model; black medians, whiskers to minimum and maximum."""
+    questions = sorted({question for question, _ in means})
+    for axis, question in zip(drawing.subplots(1, len(questions), sharey=True, squeeze=False)[0], questions):
+        models = [model for asked, model in sorted(means) if asked == question]
+        axis.boxplot([list(means[question, model].values()) for model in models], tick_labels=models, whis=(0, 100),
+                     medianprops={"color": "black", "linewidth": 2})
+        axis.set(title=question.partition(":")[0], ylim=(0.9, 5.1))
+
+
 # ---------------------------------------------------------------- command line
 
 def main(argv=None):
     """The command line; returns the exit code: 0, or 2 after one line that says what is wrong."""
-    parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__.splitlines()[0])
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and argv[0] not in (*COMMANDS, "-h", "--help"):
+        argv = ["folders", *argv]
+    parser = arguments()
+    args = parser.parse_args(argv)
+    return parser.run(COMMANDS[args.command], args)
+
+
+def arguments():
+    """The parser of the command line."""
+    parser = Parser(prog="evaluate.py", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("worlds", help="held-out bounce clips through the whole chain, against the true impacts")
     three = commands.add_parser("pictures", help="how well impacts and beats are read off held-out clips' pictures")
@@ -628,13 +1258,43 @@ def main(argv=None):
         command.add_argument("--weights", default="worlds", help="name in the box, or folder (default: %(default)s)")
         command.add_argument("--device")
         command.add_argument("--out", help="also write everything to this .json, or the rows to this .csv")
-    args = parser.parse_args(argv)
-    try:
-        {"worlds": worlds, "pictures": pictures, "speed": speed}[args.command](args)
-    except (ValueError, OSError) as error:
-        print(f"evaluate.py: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    folders_arguments(commands.add_parser("folders", help="clips against the true ones; the word may be left out"))
+    four = commands.add_parser("figure", help="the paper's Fig. 2 (of clips) or 4 (of what folders wrote)")
+    four.add_argument("number", choices=["2", "4"])
+    four.add_argument("picture", help=".png, .pdf or .svg to write")
+    four.add_argument("files", nargs="+", help="2: TRUE GENERATED ...; 4: the .json files that folders wrote")
+    steps = commands.add_parser("study", help="a rating page for listeners, and what they said").add_subparsers(
+        dest="step", required=True)
+    make = steps.add_parser("make", help="write the page, and PAGE.key.csv that tells which clip is whose")
+    make.add_argument("page", help=".html to write")
+    make.add_argument("--task", choices=QUESTIONS, required=True, help="which of the paper's questions are asked")
+    make.add_argument("--model", nargs="+", required=True, metavar="NAME=FOLDER", help="every clip of each is rated")
+    make.add_argument("--seed", type=int, default=0, help="another seed, another order (default: %(default)s)")
+    read = steps.add_parser("read", help="mean opinion scores, tests, Fig. 5")
+    read.add_argument("files", nargs="+", help="the raters' .csv files")
+    read.add_argument("--key", nargs="+", required=True, help="the .key.csv of the page(s)")
+    read.add_argument("--figure", help="also draw Fig. 5 to this .png, .pdf or .svg")
+    return parser
+
+
+def folders_arguments(command):
+    command.add_argument("generated", help="folder of clips, any model's: NAME.mp4, or NAME.0.mp4, NAME.1.mp4 ...")
+    command.add_argument("reference", help="folder of the true NAME.mp4")
+    command.add_argument("--seconds", type=float, help="compare the first seconds only (default: all)")
+    command.add_argument("--train", help="folder whose mean envelope is to be expected (default: the others')")
+    command.add_argument("--embedding", help="for FAD: MODULE:FUNCTION or FILE.py:FUNCTION, wave (S,) at 16 kHz -> "
+                         "(n, D), or the name of a model whose embeddings fadtk wrote into the folders")
+    command.add_argument("--i3d", help="for FVD and KVD: i3d_torchscript.pt")
+    command.add_argument("--frames", type=int, nargs="+", default=[16, 18, 32, 36], help="(default: %(default)s)")
+    command.add_argument("--sizes", type=int, nargs="+", default=[64, 128], help="in pixels (default: %(default)s)")
+    command.add_argument("--vocoder", help="vocoder.safetensors, for the ceiling: the truth through mel and vocoder")
+    command.add_argument("--batch", type=int, default=8, help="videos that I3D sees at once (default: %(default)s)")
+    command.add_argument("--device", help="for I3D (default: cpu)")
+    command.add_argument("--out", nargs="+", default=[], help="also write everything to .json, or the rows to .csv")
+
+
+COMMANDS = {"worlds": worlds, "pictures": pictures, "speed": speed, "folders": folders, "figure": figure,
+            "study": lambda args: (study_make if args.step == "make" else study_read)(args)}
 
 
 if __name__ == "__main__":

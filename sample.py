@@ -373,6 +373,8 @@ def _arguments(argv):
     parser.add_argument("--condition", default="clean", choices=CONDITIONS, help="how what is given enters")
     parser.add_argument("--guidance", type=number(), help="strength of the guidance (default: the condition's own)")
     parser.add_argument("--seed", type=SEED, default=0, help="another seed, another result (default: %(default)s)")
+    parser.add_argument("--draws", type=number(1, 10_000, int), help="make so many of each, with SEED, SEED + 1 ...: "
+                        "OUT.0.mp4, OUT.1.mp4 ...")
     parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
     return parser, parser.parse_args(argv)
 
@@ -412,11 +414,14 @@ def _make(parser, args):
     settings |= {"models": load_models(args.weights, device), "progress": _progress if sys.stderr.isatty() else None}
 
     def one(video, audio, output):
-        if args.skip_existing and output.exists():
-            return print(f"{output}: is already there", flush=True)
-        clip = sample(video, audio, seconds=args.seconds, **settings)
-        clip.save(output)
-        print(f"{output}: {len(clip.audio) / clip.sample_rate:.1f} s", flush=True)
+        for k in range(args.draws or 1):
+            path = output.with_suffix(f".{k}{output.suffix}") if args.draws else output
+            if args.skip_existing and path.exists():
+                print(f"{path}: is already there", flush=True)
+                continue
+            clip = sample(video, audio, seconds=args.seconds, **settings | {"seed": args.seed + k})
+            clip.save(path)
+            print(f"{path}: {len(clip.audio) / clip.sample_rate:.1f} s", flush=True)
 
     if not jobs:
         return print(demo(**settings)) if rank == 0 else None

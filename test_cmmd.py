@@ -17,6 +17,7 @@ import base64
 import json
 import math
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -2048,6 +2050,18 @@ def test_sample_real_files_get_a_sound_or_one_line(tmp_path, models, folder):
         assert abs(len(made) - len(clip.audio)) / 16000 < 0.02, path
 
 
+def test_sample_draws_are_what_single_seeds_make(tmp_path, weights, capsys):
+    words = ["--seconds", "1.8", "--weights", str(weights), "--steps", "1"]
+    assert sampling.main([*words, "--seed", "5", "--draws", "2", "-o", str(tmp_path / "a.b.wav")]) == 0
+    assert capsys.readouterr().out.count("1.8 s") == 2
+    for k in range(2):
+        assert sampling.main([*words, "--seed", str(5 + k), "-o", str(tmp_path / "one.wav")]) == 0
+        assert (tmp_path / "one.wav").read_bytes() == (tmp_path / f"a.b.{k}.wav").read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.b.0.wav", "a.b.1.wav", "one.wav"]
+    assert (tmp_path / "a.b.0.wav").read_bytes() != (tmp_path / "a.b.1.wav").read_bytes()
+    assert sampling.main([*words, "--draws", "0", "-o", str(tmp_path / "c.wav")]) == 2
+
+
 # ==== train
 
 
@@ -2434,6 +2448,489 @@ def test_evaluate_picture_events_of_nothing_and_of_other_arrays():
             evaluate.picture_events(still / 255, 10, world)
     with pytest.raises(ValueError, match="choose bounce or dance"):
         evaluate.picture_events(still, 10, "drums")
+
+
+def test_evaluate_frechet_closed_forms():
+    rng = np.random.default_rng(0)
+    distance = lambda x, y: evaluate.frechet(evaluate.gaussian(x), evaluate.gaussian(y))
+    for shape in ((50, 8), (8, 50)):
+        x = rng.standard_normal(shape)
+        centred, trace = x - x.mean(0), np.trace(np.cov(x.T))
+        assert distance(x, x) < 1e-9 and distance(x, x + 2) == pytest.approx(4 * shape[1])
+        assert distance(centred, 3 * centred) == pytest.approx(4 * trace)
+    line = np.array([-1.0, 0.0, 1.0])[:, None]  # variance 1; shift 1 and variance 4: 1 + (2 - 1)^2
+    assert distance(line, 2 * line + 1) == pytest.approx(2)
+    with pytest.raises(ValueError, match="at least 2"):
+        evaluate.gaussian(np.zeros((1, 4)))
+
+
+def sqrtm_distance(x, y):
+    """The textbook form, with a root of the product of the covariances."""
+    linalg = pytest.importorskip("scipy.linalg", reason="scipy is not installed")
+    a, b = (np.atleast_2d(np.cov(z.T)) for z in (x, y))
+    root = linalg.sqrtm(a @ b)
+    return ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(a + b) - 2 * np.trace(root).real
+
+
+def test_evaluate_frechet_equals_sqrtm_on_random_cases():
+    rng = np.random.default_rng(1)
+    for _ in range(1000):
+        D = rng.integers(1, 7)
+        x, y = (rng.normal(rng.normal(), rng.uniform(0.2, 3), (rng.integers(D + 2, 40), D)) for _ in range(2))
+        found = evaluate.frechet(evaluate.gaussian(x), evaluate.gaussian(y))
+        assert found == pytest.approx(sqrtm_distance(x, y), rel=1e-6, abs=1e-8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("m, n, D", [(50, 50, 400), (250, 50, 400), (4, 2000, 1024)])
+def test_evaluate_frechet_equals_sqrtm_where_covariances_are_singular(m, n, D):
+    rng = np.random.default_rng(2)
+    x, y = rng.standard_normal((m, D)), 1.5 * rng.standard_normal((n, D)) + 0.1
+    assert evaluate.frechet(evaluate.gaussian(x), evaluate.gaussian(y)) == pytest.approx(sqrtm_distance(x, y), rel=1e-6)
+
+
+def test_evaluate_kernel_distance():
+    assert evaluate.kernel_distance([[0, 0], [2, 0]], [[1, 1], [1, -1]]) == pytest.approx(-7)
+    pairwise = pytest.importorskip("sklearn.metrics.pairwise", reason="scikit-learn is not installed")
+    polynomial = pairwise.polynomial_kernel
+    rng = np.random.default_rng(0)
+    for _ in range(1000):
+        (m, n), D = rng.integers(2, 20, 2), rng.integers(1, 30)
+        x, y = rng.standard_normal((m, D)), rng.standard_normal((n, D)) + rng.normal()
+        own = lambda z: polynomial(z)[~np.eye(len(z), dtype=bool)].mean()  # the defaults: degree 3, 1 / D, 1
+        assert evaluate.kernel_distance(x, y) == pytest.approx(own(x) + own(y) - 2 * polynomial(x, y).mean(), rel=1e-9)
+
+
+def test_evaluate_match_equals_mir_eval_on_thousands():
+    util = pytest.importorskip("mir_eval.util", reason="mir_eval is not installed")
+    rng = np.random.default_rng(3)
+    for _ in range(3000):
+        a, b = (np.sort(rng.choice(2000, rng.integers(1, 12), replace=False)) for _ in range(2))
+        width = int(rng.choice([50, 100, 500]))
+        assert len(evaluate.match(a / 1000, b / 1000, width / 1000)) == len(util.match_events(a, b, width))
+
+
+def heard(**fields):
+    empty = np.array([])
+    return evaluate.Heard(**dict(onsets=empty, envelope=np.zeros(4), beats=empty, bins=empty, sound_peaks=empty,
+                                 motion_peaks=empty, embedding=()) | fields)
+
+
+def rows_of(clips):
+    return {row["metric"]: row for measure in evaluate.measures() for row in evaluate.pair_rows(measure, clips)}
+
+
+def test_evaluate_beat_rows_and_the_chance_of_two_regular_grids():
+    rng = np.random.default_rng(0)
+
+    def grid():
+        period = 60 / rng.uniform(80, 135)
+        return heard(beats=np.arange(rng.uniform(0, period), 3.6, period))
+
+    rows = rows_of([([grid()], grid(), None) for _ in range(400)])
+    for ms, expected in ((100, 0.35), (500, 0.92)):
+        row = rows[f"beat hit rate ±{ms} ms"]
+        assert abs(row["value"] - expected) < 0.02 and abs(row["chance"] - expected) < 0.02 and row["n"] == 400
+    assert rows["beat hit rate ±100 ms"]["paper"] == "0.45 / 0.44 / 0.41"
+
+
+def test_evaluate_pair_rows_pool_average_and_say_what_was_skipped():
+    a = heard(beats=np.array([1.0, 2.0]), bins=np.array([1, 2]), onsets=np.array([0.5]))
+    b = heard(beats=np.array([1.05, 3.0, 3.5, 5.0]), bins=np.array([1, 3, 5]), onsets=np.array([0.5, 1.5]))
+    none = heard()
+    rows = rows_of([([a, a], b, None), ([a, b], a, None), ([a, a], none, None)])
+    row = rows["beat hit rate ±100 ms"]  # per pair 1/4 1/4 1 1/2; no reference beat in the last two
+    assert row["value"] == pytest.approx(0.5) and row["n"] == 4 and row["note"] == "2: no beat in the reference"
+    assert rows["beat precision ±100 ms"]["value"] == pytest.approx(5 / 10)  # matched 1 1 2 1 of 2 2 2 4
+    assert rows["beat F1 ±100 ms"]["value"] == pytest.approx(2 * 5 / (10 + 12))
+    assert rows["beats, generated ÷ true"]["value"] == pytest.approx(10 / 12)
+    assert rows["CDCD beat coverage"]["value"] == pytest.approx(13 / 10)  # 2 2 2 3 2 2 over 3 3 2 2 0 0
+    assert rows["CDCD beat hit"]["value"] == pytest.approx(5 / 10)
+    assert rows["onset F1 ±50 ms"]["value"] == pytest.approx(2 * 4 / (7 + 6))
+    # every other clip's truth, in turn: (a, a) with a and none, (a, b) with b and none, (a, a) with b and a
+    assert rows["beat hit rate ±100 ms"]["chance"] == pytest.approx((1 + 1 + 0.25 + 1 + 0.25 + 0.25 + 1 + 1) / 8)
+
+
+def test_evaluate_av_align_and_flow_peaks():
+    assert evaluate.flow_peaks([1.0, 3.0, 1.0, 0.01, 0.05, 0.01, 2.0]).tolist() == [2]  # repeated first; still; the end
+    assert evaluate.flow_peaks([3.0, 1.0, 1.0]).tolist() == [] and evaluate.flow_peaks([]).tolist() == []
+    assert evaluate.av_align([0.5, 1.0], [0.55, 1.0]) == 1.0
+    assert evaluate.av_align([0.5], [0.6]) == 0.0  # nearer than a frame, not as near
+    assert evaluate.av_align([0.5, 0.52, 2.0], [0.5, 1.0]) == 1 / 4  # one to one: 1 / (3 + 2 - 1)
+    assert evaluate.av_align([0.52, 0.6], [0.5, 0.6]) == 1.0  # each takes the first that is free
+    assert evaluate.av_align([], []) == "no peaks at all" and evaluate.av_align([], [1.0]) == 0.0
+
+
+def jumping_square(times, seconds=4.0, fps=10, size=128):
+    """A textured square that jumps aside at each of `times`, between frames."""
+    rng, video = np.random.default_rng(0), []
+    texture = rng.integers(60, 255, (40, 40, 3))
+    for k in range(round(seconds * fps)):
+        frame = np.full((size, size, 3), 40, np.uint8)
+        x = 40 + 6 * (sum((k + 0.5) / fps > t for t in times) % 2)
+        frame[44:84, x:x + 40] = texture
+        video.append(frame)
+    return np.stack(video)
+
+
+def test_evaluate_av_align_of_jumps_and_clicks(tmp_path):
+    pytest.importorskip("cv2", reason="opencv is not installed")
+    pytest.importorskip("librosa", reason="librosa is not installed")
+    times = [0.6, 1.2, 2.1, 2.7, 3.3]
+    data.write_clip(tmp_path / "jumps.mp4", jumping_square(times))
+    seen = evaluate.motion(tmp_path / "jumps.mp4")
+    assert len(seen) == 5 and np.abs(seen - times).max() <= 0.05 + 1e-9
+    sounds = lambda late: evaluate.rhythm(clicks(np.add(times, late), seconds=4.0)[0].numpy())[2]
+    align = lambda late: evaluate.av_align(sounds(late), seen)
+    assert align(0.0) >= 0.8 and align(0.05) >= 0.8 and align(0.2) == align(0.3) == 0
+
+
+def test_evaluate_rhythm_of_a_click_track_and_of_silence():
+    pytest.importorskip("librosa", reason="librosa is not installed")
+    times = np.arange(0.25, 6.0, 0.5)  # 120 BPM
+    beats, bins, peaks = evaluate.rhythm(clicks(times, seconds=6.0)[0].numpy())
+    assert len(evaluate.match(beats, times, 0.05)) >= 9 and abs(np.median(np.diff(beats)) - 0.5) < 0.03
+    assert bins.tolist() == [0, 1, 2, 3, 4, 5] and len(evaluate.match(peaks, times, 0.05)) >= 11
+    beats, bins, peaks = evaluate.rhythm(np.zeros(64000, np.float32))
+    assert len(beats) == len(bins) == len(peaks) == 0
+    assert evaluate.rhythm(clicks([0.5])[0].numpy())[0] == "shorter than 3.6 s"
+
+
+def test_evaluate_envelopes_against_what_is_typical():
+    rng = np.random.default_rng(0)
+    shape = 5 * rng.standard_normal(50)
+    draw = lambda: heard(envelope=shape + rng.standard_normal(50))
+    clips = [([draw()], draw(), None) for _ in range(60)]
+    rows = rows_of(evaluate.add_typical(clips))
+    assert rows["envelope correlation"]["value"] > 0.9 and rows["envelope correlation"]["chance"] > 0.9
+    residual = rows["envelope correlation, residual"]
+    assert abs(residual["value"]) < 0.08 and abs(residual["chance"]) < 0.05
+    same = [(made, made[0], None) for made, _, _ in clips]
+    assert rows_of(evaluate.add_typical(same))["envelope correlation, residual"]["value"] == pytest.approx(1)
+    typical = evaluate.add_typical(clips, train=[shape[:40], shape[:40] + 2])[3][1]
+    assert len(typical.envelope) == 40 and np.allclose(typical.typical, shape[:40] + 1)
+    others = np.mean([true.envelope for k, (_, true, _) in enumerate(clips) if k != 3], axis=0)
+    assert np.allclose(evaluate.add_typical(clips)[3][1].typical, others)
+
+
+def test_evaluate_signed_rank_and_holm():
+    known = [6, 8, 14, 16, 23, 24, 28, 29, 41, -48, 49, 56, 60, -67, 75]
+    assert evaluate.signed_rank(known) == (24, pytest.approx(0.041259765625, abs=1e-12), 15, 0)
+    assert evaluate.signed_rank([0.0, 1e-9, 1.0])[2:] == (1, 2) and evaluate.signed_rank([0, 0]) == (0, 1.0, 0, 2)
+    assert evaluate.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert evaluate.holm([0.5, 0.9]) == [1.0, 1.0] and evaluate.holm([]) == []
+    stats = pytest.importorskip("scipy.stats", reason="scipy is not installed")
+    rng = np.random.default_rng(0)
+    for _ in range(1500):
+        d = rng.normal(rng.normal(0, 0.5), 1, rng.integers(2, 30)).round(9)
+        expected = stats.wilcoxon(d, method="exact")
+        assert evaluate.signed_rank(d)[:2] == (expected.statistic, pytest.approx(expected.pvalue, abs=1e-12))
+    for _ in range(20):  # with ties and zeros: all signs of the ranks, tried one by one
+        d = rng.integers(-3, 4, 10)
+        x = d[d != 0]
+        ranks, signs = stats.rankdata(np.abs(x)), np.array(np.meshgrid(*[[0, 1]] * len(x))).reshape(len(x), -1)
+        low = min(ranks[x > 0].sum(), ranks[x < 0].sum())
+        assert evaluate.signed_rank(d)[1] == pytest.approx(min(1, 2 * (ranks @ signs <= low).mean()))
+
+
+@pytest.fixture(scope="module")
+def clip_folders(tmp_path_factory):
+    """Six bounce clips as the truth, and the same as two draws: right ones, and the next clip's sound."""
+    folder = tmp_path_factory.mktemp("clips")
+    for name in ("true", "made", "swapped"):
+        (folder / name).mkdir()
+    worlds = [bounce(seed, seconds=2.0) for seed in range(6)]
+    for k, (world, other) in enumerate(zip(worlds, worlds[1:] + worlds[:1])):
+        data.write_clip(folder / "true" / f"{k}.mp4", world.video, world.audio)
+        for draw in range(2):
+            data.write_clip(folder / "made" / f"{k}.{draw}.wav", audio=world.audio)
+        data.write_clip(folder / "swapped" / f"{k}.mp4", world.video, other.audio)
+    (folder / "embed.py").write_text("import numpy as np\ndef embed(wave):\n    x = wave[:32000].reshape(8, -1)\n"
+                                     "    return np.stack([x.std(1), abs(x).max(1)], 1), 'scores'\n")
+    return folder
+
+
+class FakeI3D(nn.Module):
+    """Called as the published TorchScript file is, with features whose distances are known."""
+
+    def forward(self, x: torch.Tensor, rescale: bool = False, resize: bool = False, return_features: bool = False):
+        assert rescale and resize and return_features and x.max() > 1
+        return x.mean(dim=(1, 3, 4))[:, :16] / 255
+
+
+def test_evaluate_folders_end_to_end(clip_folders, tmp_path, monkeypatch, capsys):
+    torch.jit.script(FakeI3D()).save(str(tmp_path / "i3d.pt"))
+    monkeypatch.chdir(tmp_path)
+    words = [str(clip_folders / "true"), "--embedding", f"{clip_folders / 'embed.py'}:embed", "--i3d", "i3d.pt",
+             "--frames", "16", "36", "--sizes", "64", "--vocoder", str(WORLDS / "vocoder.safetensors")]
+    results = {}
+    for name in ("true", "swapped"):
+        assert evaluate.main([str(clip_folders / name), *words, "--out", f"{name}.json", f"{name}.csv"]) == 0
+        results[name] = json.loads((tmp_path / f"{name}.json").read_text(), parse_constant=pytest.fail)
+        assert len((tmp_path / f"{name}.csv").read_text().splitlines()) == len(results[name]["rows"]) + 1
+    assert "| FVD, 16 frames (64) | 611 / 703 / 726 | 0.000 |" in capsys.readouterr().out
+    true, swapped = ({row["metric"]: row for row in result["rows"]} for result in results.values())
+    assert true["onset F1 ±50 ms"]["value"] == 1 and swapped["onset F1 ±50 ms"]["value"] < 0.5
+    assert true["onset F1 ±50 ms"]["ceiling"] > 0.9 and true["onset F1 ±50 ms"]["chance"] < 0.5
+    assert true["envelope correlation, residual"]["value"] == pytest.approx(1)
+    assert true["FAD per set"]["value"] < 1e-9 and len(results["true"]["fad"]["samples"]) == 6
+    assert true["FAD per sample, median"]["value"] > 0 and true["FVD, 16 frames (64)"]["value"] < 1e-9
+    assert "has 20 frames at 10 fps, not 36" in true["FVD, KVD, 36 frames (64)"]["note"]
+    assert all(row["n"] == 0 for name, row in true.items() if "beat" in name and "CDCD" not in name)
+
+
+def test_evaluate_folders_with_draws_and_fadtks_files(clip_folders, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for name in ("true", "made"):
+        (clip_folders / name / "embeddings" / "clap-2023").mkdir(parents=True)
+        for path in evaluate.clip_files(clip_folders / name).values():
+            np.save(path.parent / "embeddings" / "clap-2023" / f"{path.stem}.npy", rng.standard_normal((3, 4)))
+    made, true = str(clip_folders / "made"), str(clip_folders / "true")
+    assert evaluate.main(["folders", made, true, "--embedding", "clap-2023", "--out", str(tmp_path / "a.json")]) == 0
+    result = json.loads((tmp_path / "a.json").read_text())
+    rows = {row["metric"]: row for row in result["rows"]}
+    assert (result["clips"], result["draws"], rows["onset F1 ±50 ms"]["n"], rows["FAD per set"]["n"]) == (6, 2, 12, 12)
+    read = lambda folder: np.concatenate([np.load(p) for p in sorted((Path(folder) / "embeddings").rglob("*.npy"))])
+    expected = evaluate.frechet(evaluate.gaussian(read(made)), evaluate.gaussian(read(true)))
+    assert rows["FAD per set"]["value"] == pytest.approx(expected)
+    with pytest.raises(ValueError, match="1 to 2 embeddings"):
+        evaluate.audio_distances([np.zeros((2, 3))], [np.zeros((1, 3))] * 2, [])
+    single = evaluate.audio_distances(*([rng.standard_normal((1, 3)) for _ in range(n)] for n in (4, 4, 3)))
+    assert single["samples"] == [] and np.isfinite(single["set"])
+
+
+def test_evaluate_video_rows_pool_draws(clip_folders, tmp_path):
+    torch.jit.script(FakeI3D()).save(str(tmp_path / "i3d.pt"))
+    pairs = evaluate.match_folders(clip_folders / "swapped", clip_folders / "true")[0]
+    args = SimpleNamespace(frames=[16], sizes=[64], batch=4, device=None)
+    i3d = torch.jit.load(str(tmp_path / "i3d.pt"))
+    one = list(evaluate.video_rows(pairs, i3d, args))
+    three = [pair._replace(generated=pair.generated * 3) for pair in pairs]
+    each = f"per draw {one[1]['value']:.1f} ± 0.0"  # pooled is the mean over draws where there is one
+    assert [row["metric"] for row in one] == ["FVD, 16 frames (64)", "KVD, 16 frames (64)"] and one[1]["note"] == ""
+    assert list(evaluate.video_rows(three, i3d, args))[1]["note"] == each
+
+
+def test_evaluate_folders_refuse_in_one_line(clip_folders, tmp_path, capsys):
+    true, made = clip_folders / "true", tmp_path / "made"
+    made.mkdir()
+
+    def refused(part, *words):
+        assert evaluate.main([str(word) for word in words]) == 2
+        error = capsys.readouterr().err
+        assert part in error and error.count("\n") == 1, error
+
+    refused("no such folder", tmp_path / "none", true)
+    refused("0 of its 0 clips", made, true)
+    wave = bounce(0).audio
+    data.write_clip(made / "0.wav", audio=wave)
+    refused("1 of its 1 clips", made, true)
+    data.write_clip(made / "1.wav", audio=wave)
+    refused("1.80 s long, its reference 2.0", made, true)
+    assert evaluate.main([str(made), str(true), "--seconds", "1.5"]) == 0
+    capsys.readouterr()
+    for k in (0, 1):
+        (made / f"{k}.wav").unlink()
+        data.write_clip(made / f"{k}.mp4", bounce(k, seconds=2.0).video)
+    refused("has no sound", made, true)
+    data.write_clip(made / "0.wav", audio=wave)
+    refused("same name", made, true)
+    (made / "0.wav").unlink()
+    data.write_clip(made / "2.0.wav", audio=wave)
+    data.write_clip(made / "2.1.wav", audio=wave)
+    refused("1 to 2 draws", made, true)
+    refused("give MODULE:FUNCTION", true, true, "--embedding", "nowhere:embed")
+    refused("no TorchScript file", true, true, "--i3d", clip_folders / "embed.py")
+
+
+@pytest.mark.parametrize("words, part", [
+    (["folders", "a"], "required: reference"), (["worlds", "--n", "many"], "invalid int"), ([], "required: command"),
+    (["figure", "3", "a.png", "b"], "invalid choice"), (["study"], "required: step")])
+def test_evaluate_usage_is_one_line(words, part, capsys):
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(words)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and part in error and error.count("\n") == 1
+
+
+def test_evaluate_missing_packages_are_one_line(monkeypatch, capsys, tmp_path):
+    for name in ("librosa", "cv2", "matplotlib"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert evaluate.rhythm(np.zeros(16000)) == ("librosa is not installed: pip install librosa",) * 3
+    assert evaluate.motion(tmp_path / "none.mp4") .endswith("pip install opencv-python-headless")
+    assert evaluate.main(["figure", "4", str(tmp_path / "a.png"), "b.json"]) == 2
+    assert capsys.readouterr().err == "evaluate.py: matplotlib is not installed: pip install matplotlib\n"
+
+
+def test_evaluate_speed_with_bad_weights_is_one_line(tmp_path):
+    result = subprocess.run([sys.executable, REPO / "evaluate.py", "speed", "--seconds", "1", "--weights", tmp_path],
+                            capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "vae.safetensors" in result.stderr
+
+
+def test_evaluate_json_has_no_nan(tmp_path):
+    evaluate.write_result(tmp_path / "a.json", {"rows": [{"a": float("nan"), "b": (1.0, np.float64("inf"))}]})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"rows": [{"a": None, "b": [1.0, None]}]}
+
+
+def test_evaluate_figures_are_drawn(clip_folders, tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    one, two = tmp_path / "2.png", tmp_path / "4.png"
+    swapped = clip_folders / "swapped" / "0.mp4"
+    assert evaluate.main(["figure", "2", str(one), *map(str, (clip_folders / "true" / "0.mp4", swapped))]) == 0
+    image = __import__("matplotlib.image", fromlist=["imread"]).imread(one)[..., :3]
+    for colour in ((0, 1, 0), (1, 0, 0)):
+        assert (np.abs(image - colour).max(-1) < 0.02).sum() > 50
+    fad = {"set": 1.0, "ceiling": 0.5, "samples": [1.0, 2.0, 3.0], "truth_samples": [0.5, 0.6, 0.7]}
+    (tmp_path / "ours.json").write_text(json.dumps({"fad": fad}))
+    assert evaluate.main(["figure", "4", str(two), str(tmp_path / "ours.json")]) == 0 and two.stat().st_size > 5000
+    (tmp_path / "none.json").write_text("{}")
+    assert evaluate.main(["figure", "4", str(two), str(tmp_path / "none.json")]) == 2
+    assert "--embedding" in capsys.readouterr().err
+
+
+@pytest.fixture
+def study_page(clip_folders, tmp_path):
+    page = tmp_path / "study.html"
+    models = [f"CMMD={clip_folders / 'swapped'}", f"truth={clip_folders / 'true'}"]
+    assert evaluate.main(["study", "make", str(page), "--task", "sounds", "--model", *models]) == 0
+    return page
+
+
+def test_evaluate_study_is_blind_and_read_back(study_page, clip_folders, tmp_path, capsys):
+    text, key = study_page.read_text(), study_page.with_suffix(".key.csv")
+    assert "CMMD" not in text and "truth" not in text and text.count("data:video/mp4;base64,") == 12
+    assert "http" not in text.replace("http://www.w3.org", "")  # static: nothing is fetched
+    items = [line.split(",") for line in key.read_text().splitlines()[1:]]
+    assert len(items) == 12 and {model for _, _, model, _ in items} == {"CMMD", "truth"}
+    assert [model for _, _, model, _ in items] != sorted(model for _, _, model, _ in items)
+    for rater in range(6):  # the truth gets 4 and 5, the model 2 and 3; in question 1 all get 3
+        lines = [f"{study},r{rater},{item},{q},{3 if q == 1 else (4 if model == 'truth' else 2) + (rater + q) % 2}"
+                 for study, item, model, _ in items for q in range(3)]
+        (tmp_path / f"{rater}.csv").write_text("\n".join(["study,rater,item,question,rating", *lines]))
+    files = [str(tmp_path / f"{rater}.csv") for rater in range(6)]
+    capsys.readouterr()
+    assert evaluate.main(["study", "read", *files, "--key", str(key)]) == 0
+    out = capsys.readouterr().out
+    assert "| Acoustic quality | truth | 4.50 | 4.50 | 4.00–5.00 | 6 |" in out
+    assert "| Acoustic quality | CMMD – truth | 0 | 6 | 0 | 0.0312 | 0.0938 |" in out  # 2 / 2^6, times 3 tests
+    assert "CMMD – truth | 0 | 0 | 6 | 1.0000 | 1.0000 |" in out
+    (tmp_path / "0.csv").write_text("study,rater,item,question,rating\nother,r,1,0,3\n")
+    assert evaluate.main(["study", "read", *files, "--key", str(key)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    assert evaluate.main(["study", "read", *files[1:], "--key", str(key), "--figure", str(tmp_path / "5.png")]) == 0
+    assert (tmp_path / "5.png").stat().st_size > 5000
+
+
+def test_evaluate_study_refuses(clip_folders, tmp_path, capsys):
+    for model, part in (("made", "NAME=FOLDER"), (f"a={clip_folders / 'made'}", "picture and sound")):
+        assert evaluate.main(["study", "make", str(tmp_path / "a.html"), "--task", "dance", "--model", model]) == 2
+        error = capsys.readouterr().err
+        assert part in error and error.count("\n") == 1
+
+
+def test_evaluate_study_in_a_browser(study_page, tmp_path):
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        pytest.skip("no chromium is installed")
+    with playwright.sync_playwright() as play, play.chromium.launch(
+            executable_path=browser, args=["--no-sandbox", "--autoplay-policy=no-user-gesture-required"]) as window:
+        page = window.new_page()
+        faults, asked = [], []
+        page.on("pageerror", lambda fault: faults.append(fault))
+        page.on("dialog", lambda dialog: (asked.append(dialog.message), dialog.accept()))
+        page.goto(study_page.as_uri())
+
+        def rate(value):
+            for q in range(3):
+                page.check(f"input[name=q{q}][value='{value}']")
+
+        page.click("#next")  # nothing is rated: the browser holds the form back
+        assert "Clip 1 of 12" in page.inner_text("#where")
+        rate(2)
+        page.click("#next")  # rated, but never played
+        assert asked == ["Please play the clip first."] and "Clip 1 of 12" in page.inner_text("#where")
+        page.reload()
+        assert page.is_checked("input[name=q2][value='2']")  # what was given is kept
+        for k in range(12):
+            page.evaluate("document.getElementById('clip').play()")
+            page.wait_for_function("document.getElementById('clip').currentTime > 0")
+            rate(1 + k % 5)
+            page.click("#next")
+            if k == 4:
+                page.reload()
+                assert "Clip 6 of 12" in page.inner_text("#where")
+        with page.expect_download() as download:
+            page.click("#save")
+        download.value.save_as(tmp_path / "ratings.csv")
+        assert faults == []
+    lines = (tmp_path / "ratings.csv").read_text().splitlines()
+    assert len(lines) == 1 + 12 * 3 and sorted(int(line.split(",")[-1]) for line in lines[1:4]) == [1, 1, 1]
+    key = study_page.with_suffix(".key.csv")
+    assert evaluate.main(["study", "read", str(tmp_path / "ratings.csv"), "--key", str(key)]) == 0
+
+
+@pytest.mark.skipif("CMMD_I3D" not in os.environ, reason="CMMD_I3D: path of i3d_torchscript.pt")
+def test_evaluate_i3d_oracles():
+    i3d = torch.jit.load(os.environ["CMMD_I3D"]).eval()
+    distance = lambda *sets: evaluate.frechet(*(evaluate.gaussian(np.asarray(x)) for x in sets))
+    zeros, ones = (torch.full((8, 3, 30, 64, 64), value) for value in (0.0, 255.0))
+    with torch.no_grad():
+        whole = [i3d(x, rescale=True, resize=True, return_features=True) for x in (zeros, ones)]
+        assert distance(*whole) == pytest.approx(151.256, rel=1e-3)
+        logits = []
+        for seed in (1, 2):
+            x = torch.from_numpy(np.random.RandomState(seed).rand(128, 16, 224, 224, 3).astype(np.float32))
+            logits.append(torch.cat([i3d(part.permute(0, 4, 1, 2, 3), rescale=False, resize=False, return_features=True)
+                                     for part in x.split(4)]))
+    assert distance(*logits) == pytest.approx(10.138085, rel=1e-3)
+
+
+@pytest.mark.skipif("CMMD_FADTK" not in os.environ, reason="CMMD_FADTK: folder with fadtk's embeddings, as "
+                    "{samples,fma_pop}/{clap-2023,clap-laion-audio}/*.npy of its samples/all and of fma_pop")
+@pytest.mark.parametrize("model, expected", [("clap-2023", 393.814), ("clap-laion-audio", 0.46337)])
+def test_evaluate_fadtk_oracles(model, expected):
+    folder = Path(os.environ["CMMD_FADTK"])
+    read = lambda name: np.concatenate([np.load(p) for p in sorted((folder / name / model).glob("*.npy"))])
+    found = evaluate.frechet(*(evaluate.gaussian(read(name)) for name in ("samples", "fma_pop")))
+    assert found == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (SHARED / "grid").is_dir(), reason="needs the real media of ../shared/data")
+def test_evaluate_real_faces_against_themselves_and_shuffled(tmp_path):
+    paths = sorted((SHARED / "grid" / "test").glob("*.mp4"))[:16]
+    order = np.random.default_rng(0).permutation(16)
+    for name, sources in (("same", paths), ("shuffled", [paths[k] for k in order])):
+        (tmp_path / name).mkdir()
+        for path, source in zip(paths, sources):
+            (tmp_path / name / path.name).symlink_to(source)
+    found = {}
+    for name in ("same", "shuffled"):
+        out = tmp_path / f"{name}.json"
+        assert evaluate.main([str(tmp_path / name), str(tmp_path / "same"), "--out", str(out)]) == 0
+        found[name] = {row["metric"]: row for row in json.loads(out.read_text())["rows"]}
+    for metric in ("onset F1 ±50 ms", "envelope correlation", "envelope correlation, residual"):
+        assert found["same"][metric]["value"] == pytest.approx(1) and found["same"][metric]["chance"] < 0.8
+    assert found["shuffled"]["onset F1 ±50 ms"]["value"] < 0.6
+    assert found["shuffled"]["envelope correlation"]["value"] > 0.4  # why the residual one is there
+    assert abs(found["shuffled"]["envelope correlation, residual"]["value"]) < 0.3
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (SHARED / "kitchen").is_dir(), reason="needs the real media of ../shared/data")
+def test_evaluate_fad_of_kitchen_sounds_grows_with_their_damage():
+    embed = evaluate.embedder(f"{SHARED / 'yamnet' / 'yamnet.py'}:embed")
+    waves = [data.read_audio(path).copy() for path in sorted((SHARED / "kitchen").glob("*.flac"))]
+    rng = np.random.default_rng(0)
+    noise = lambda wave: rng.standard_normal(len(wave)).astype(np.float32)
+    fit = lambda change, waves: evaluate.gaussian(np.concatenate([embed(None, change(wave)) for wave in waves]))
+    reference = fit(lambda wave: wave, waves[1::2])
+    changes = (lambda wave: wave, lambda wave: wave + wave.std() * noise(wave), lambda wave: 0.1 * noise(wave))
+    half, noisy, white = (evaluate.frechet(fit(change, waves[::2]), reference) for change in changes)
+    assert 3.5 < half < 6.5 and 15 < noisy < 30 and 45 < white < 80  # measured: 4.7, 23, 67
 
 
 # ==== packaging
