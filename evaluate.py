@@ -8,13 +8,14 @@ In reading order
     envelopes              envelope, envelope_correlation (plain and residual)
     pictures and vocoders  psnr, bicubic_baseline, vocoder_quality
     worlds                 held-out clips with known events through files, models and detector, and their pictures
+    right and wrong pairs  pairs: the loss of true, shifted and swapped sounds by noise level, and retrieval
     speed                  seconds by stage, and peak memory, in a fresh process per length
     distances between sets frechet, kernel_distance; video_rows (Table 1), audio_distances
     heard and seen         rhythm, motion, av_align, hear: all that is measured of one clip
     folders of clips       match_folders, listen; measures: every score of pairs (Table 2); folders
     figures                the paper's Fig. 2 and 4
     the user study         study_make: the rating page; study_read: MOS, Fig. 5, signed_rank, holm
-    command line           python evaluate.py worlds | pictures | speed | folders | figure | study, or GENERATED REFERENCE
+    command line           python evaluate.py worlds | pictures | pairs | speed | folders ... (--help)
 
 Letters: B batch, T video frames, C channels, H W latent height and width, M mel bins, L mel frames, S samples,
 N clips, K kinds of ball. Times are seconds. Every figure is printed beside its chance level, its ceiling and n.
@@ -40,7 +41,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cmmd import Parser, atomic, generate
+from cmmd import Parser, atomic, generate, joint_loss
 from cmmd.data import (
     KIND_HUE, KIND_PITCH, SOUND_TYPES, TEMPI, TRAINING_SEED, VIDEO_TYPES, bounce, check_output, dance, probe, read_audio,
     read_video, write_clip)
@@ -542,6 +543,78 @@ def finite(result):
     if isinstance(result, (list, tuple)):
         return [finite(value) for value in result]
     return None if isinstance(result, float) and not np.isfinite(result) else result
+
+
+# ---------------------------------------------------------------- right and wrong pairs
+
+LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # noise levels t, one for both sides (P)
+CANDIDATES = 16
+
+
+def pairs(args):
+    """The command `pairs`: does the loss tell right pairs from wrong ones? Losses by t, and retrieval by loss."""
+    check_out(args.out)
+    check_seeds(args)
+    from cmmd.sample import load_models
+    models, span = load_models(args.weights, args.device), 0.4  # s on either side, for shifted sounds
+    config, front = models.cmmd.config, models.vocoder.config
+    seconds, rate = config.frames / config.fps, config.sample_rate
+    latents, waves, shifted = [], [], []
+    for seed in range(args.seed_start, args.seed_start + args.n):
+        clip, rng = bounce(seed, seconds + 2 * span, config.fps, config.size, rate), np.random.default_rng(seed)
+        first = round(span * config.fps)
+        frames = to_frames(clip.video[None, first : first + config.frames])
+        latents.append(models.vae.encode(frames.to(next(models.vae.parameters()).device)))
+        later = rng.choice([-1, 1]) * rng.uniform(0.1, span)
+        for out, start in ((waves, span), (shifted, span + later)):
+            start = round(start * rate)
+            out.append(torch.from_numpy(clip.audio[start : start + round(seconds * rate)]))
+    latents = torch.cat(latents)
+    mel, moved = (models.cmmd.normalise(log_mel(torch.stack(x), front)).to(latents) for x in (waves, shifted))
+    rows = [{"t": t, **{f"{side}_{name}": float(value) for name, sound in (
+        ("right", mel), ("shifted", moved), ("swapped", mel.roll(1, 0))) for side, value in zip(
+            ("video", "audio"), levels_loss(models.cmmd, latents, sound, t).mean(0))}} for t in LEVELS]
+    result = {"n": args.n, "weights": args.weights, "machine": machine(), "rows": rows,
+              **retrieval(models.cmmd, latents, mel)}
+    print(pairs_table(result))
+    if args.out:
+        write_result(args.out, result)
+
+
+@torch.no_grad()
+def levels_loss(model, latents, mel, t, seed=0, batch=16):
+    """Eq. 2 of pairs at one t, the noise the same for every call -> (N, 2), video then audio."""
+    noise = [torch.randn(x.shape[1:], generator=torch.Generator().manual_seed(seed + i)).to(x)
+             for i, x in enumerate((latents, mel))]
+    out = []
+    for video, audio in zip(latents.split(batch), mel.split(batch)):
+        level = torch.full((len(video),), t).to(video)
+        out.append(joint_loss(model, video, audio, level, level, *(n.expand_as(x) for n, x in zip(noise, (video, audio)))))
+    return torch.cat(out)
+
+
+def retrieval(model, latents, mel):
+    """Among CANDIDATES sounds, how often has a video's own one the lowest loss over LEVELS: of both sides together, and
+    of the video alone, since the sum favours quiet candidates (chance 1 / CANDIDATES)."""
+    whole, right = len(latents) // CANDIDATES * CANDIDATES, np.zeros(2)
+    for k in range(whole):
+        start = k // CANDIDATES * CANDIDATES
+        videos = latents[k : k + 1].expand(CANDIDATES, *latents.shape[1:])
+        losses = sum(levels_loss(model, videos, mel[start : start + CANDIDATES], t) for t in LEVELS)  # (CANDIDATES, 2)
+        right += [int(values.argmin()) == k - start for values in (losses.sum(1), losses[:, 0])]
+    both, video = right / whole if whole else (np.nan, np.nan)
+    return {"retrieval": float(both), "retrieval_by_video": float(video), "retrieval_n": whole}
+
+
+def pairs_table(result):
+    """The markdown table, and the line below it."""
+    names = [f"{side}_{name}" for side in ("video", "audio") for name in ("right", "shifted", "swapped")]
+    lines = [f"| t | {' | '.join(name.replace('_', ', ') for name in names)} |", "|---" * 7 + "|"]
+    lines += [f"| {row['t']} | {' | '.join(f'{row[name]:.3f}' for name in names)} |" for row in result["rows"]]
+    return "\n".join(lines + ["", f"Mean squared velocity errors, n = {result['n']}. The right one of {CANDIDATES} sounds "
+                              f"has the lowest loss: {result['retrieval']:.3f}, by the video's alone "
+                              f"{result['retrieval_by_video']:.3f} (n = {result['retrieval_n']}, chance "
+                              f"{1 / CANDIDATES:.3f}); weights {result['weights']}; {result['machine']}."])
 
 
 # ---------------------------------------------------------------- speed
@@ -1238,7 +1311,8 @@ def arguments():
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("worlds", help="held-out bounce clips through the whole chain, against the true impacts")
     three = commands.add_parser("pictures", help="how well impacts and beats are read off held-out clips' pictures")
-    for command in (one, three):
+    five = commands.add_parser("pairs", help="losses of true, shifted and swapped pairs by noise level; retrieval")
+    for command in (one, three, five):
         command.add_argument("--n", type=int, default=200, help="clips (default: %(default)s)")
         command.add_argument("--seed-start", type=int, default=TEST_SEED,
                              help="seed of the first clip (default: %(default)s)")
@@ -1254,7 +1328,7 @@ def arguments():
     two.add_argument("--child", help=argparse.SUPPRESS)  # the file to time, in the fresh process
     for command in (one, two):
         command.add_argument("--steps", type=int, default=6, help="sampler steps (default: %(default)s)")
-    for command in (one, two, three):
+    for command in (one, two, three, five):
         command.add_argument("--weights", default="worlds", help="name in the box, or folder (default: %(default)s)")
         command.add_argument("--device")
         command.add_argument("--out", help="also write everything to this .json, or the rows to this .csv")
@@ -1293,7 +1367,7 @@ def folders_arguments(command):
     command.add_argument("--out", nargs="+", default=[], help="also write everything to .json, or the rows to .csv")
 
 
-COMMANDS = {"worlds": worlds, "pictures": pictures, "speed": speed, "folders": folders, "figure": figure,
+COMMANDS = {"worlds": worlds, "pictures": pictures, "pairs": pairs, "speed": speed, "folders": folders, "figure": figure,
             "study": lambda args: (study_make if args.step == "make" else study_read)(args)}
 
 
