@@ -4,6 +4,7 @@
   reading             Video (a file's frames, chunk by chunk), read_video, read_audio
   writing             write_clip (frames and sound), add_audio (a file's own picture with a new sound)
   worlds              procedural clips whose event times are known
+  caches              every file of a folder decoded once, then read by slice
 
 Everything goes through the ffmpeg binary that imageio-ffmpeg brings, so whatever ffmpeg reads, we read; it crops and
 scales, so that no whole file is ever held at full size. A clip starts where its picture starts, or, if it has none,
@@ -18,12 +19,18 @@ import re
 import subprocess
 import tempfile
 import threading
+import time
 import warnings
+import zlib
+from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from queue import Queue
 from typing import NamedTuple
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from cmmd import atomic
 
@@ -589,3 +596,130 @@ def _rgb(hue, saturation, value):
     """HSV in [0, 1] -> RGB float32 (3,)."""
     k = (np.array([5.0, 3.0, 1.0]) + hue * 6) % 6
     return (value - value * saturation * np.clip(np.minimum(k, 4 - k), 0, 1)).astype(np.float32)
+
+
+WORLDS = {"bounce": bounce}  # by the name that train.py's --data knows
+
+
+# ---- Caches: every file of a folder decoded once, then read by slice
+
+CACHE_FPS = 2  # frames kept per second of video: nearer ones teach an autoencoder little
+
+
+@dataclass(frozen=True)
+class FileCache:
+    """Decoded sources in a fixed order: their names in the folder they come from, the safetensors that hold them, each
+    one tensor `data` (n, ...), and each one's n."""
+
+    names: tuple
+    paths: tuple
+    lengths: tuple
+
+    def share(self, share):
+        """The sources for "training", "validation" or "test", by `share_of`; of fewer than 25, all are for training."""
+        few = len(self.names) < 25
+        keep = [i for i, name in enumerate(self.names) if share == ("training" if few else share_of(name))]
+        return FileCache(*(tuple(column[i] for i in keep) for column in (self.names, self.paths, self.lengths)))
+
+    def read(self, index, start=0, stop=None):
+        """A slice of source `index`, as stored: int16 (S,) or uint8 (T, size, size, 3)."""
+        with safe_open(self.paths[index], framework="np") as file:
+            return file.get_slice("data")[start : self.lengths[index] if stop is None else stop]
+
+    def wave(self, seed, S):
+        """A stretch float32 (S,) of a source of sound, drawn by `seed`, all parts equally likely. One that is too short
+        is heard whole, and others from their starts after it."""
+        rng, pieces, missing = np.random.default_rng(seed), [], S
+        while missing:
+            index = self._draw(rng)
+            start = int(rng.integers(max(0, self.lengths[index] - S) + 1)) if missing == S else 0
+            pieces.append(self.read(index, start, min(start + missing, self.lengths[index])))
+            missing -= len(pieces[-1])
+        return np.concatenate(pieces).astype(np.float32) / 32767
+
+    def frames(self, seed, n):
+        """n frames uint8 (n, size, size, 3) drawn by `seed`, all equally likely."""
+        rng = np.random.default_rng(seed)
+        drawn = [(index := self._draw(rng), int(rng.integers(self.lengths[index]))) for _ in range(n)]
+        return np.concatenate([self.read(index, frame, frame + 1) for index, frame in drawn])
+
+    def _draw(self, rng):
+        """A source, as likely as it is long."""
+        ends = np.cumsum(self.lengths)
+        return int(np.searchsorted(ends, rng.integers(ends[-1]), side="right"))
+
+    def fingerprint(self):
+        """Changes with the sources and their order: what a seed draws is a function of both."""
+        return f"{zlib.crc32(repr((self.names, self.lengths)).encode()):08x}"
+
+
+def share_of(path):
+    """"test", "validation" or "training", by the CRC-32 of a file's name alone: 1, 1 and 23 of 25 files."""
+    return {0: "test", 1: "validation"}.get(zlib.crc32(Path(path).name.encode()) % 25, "training")
+
+
+def cache_sounds(folder, cache, sample_rate=16000):
+    """Sounds of every file under `folder` -> FileCache of int16 waves (S,), mono; else as `cache_frames`."""
+    decode = lambda path: (np.clip(read_audio(path, sample_rate), -1, 1) * 32767).round().astype(np.int16)
+    return _fill(folder, cache, decode, f"sound {sample_rate}")
+
+
+def cache_frames(folder, cache, size=64, fps=CACHE_FPS):
+    """Frames of every file under `folder` -> FileCache of uint8 (T, size, size, 3), decoded into the folder `cache`.
+
+    What is there already is not decoded again, so a stopped call goes on where it was; a file that changed is new.
+    Files without a picture, or unreadable, are named with the reason and left out. ValueError if there is no such
+    folder or nothing in it can be used."""
+    return _fill(folder, cache, lambda path: read_video(path, fps, size), f"frames {size} {fps}")
+
+
+def _fill(folder, cache, decode, kind):
+    """Decode what `cache` lacks of `folder`. A source that cannot be used leaves a file with the reason, no data."""
+    folder, cache = Path(folder).resolve(), Path(cache).resolve()
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: there is no such folder; give a folder of files, or a world: {', '.join(WORLDS)}")
+    cache.mkdir(parents=True, exist_ok=True)
+    sources = sorted(path for path in folder.rglob("*") if path.is_file() and cache not in path.parents)
+    rows, skipped, said = [], [], time.monotonic()
+    for count, source in enumerate(sources, 1):
+        path = cache / f"{_identity(source, kind)}.safetensors"
+        reason, length = _cached(path) or _decode_into(path, source, decode)
+        if reason:
+            skipped.append(reason)
+            print(f"skipped {reason}", flush=True)
+        else:
+            rows.append((str(source.relative_to(folder)), str(path), length))
+        if time.monotonic() > said + 10:
+            said = time.monotonic()
+            print(f"{folder}: decoding, {count} of {len(sources)} files", flush=True)
+    print(f"{folder}: {len(sources)} files, {len(skipped)} of them skipped", flush=True)
+    if not rows:
+        first = f"; the first: {skipped[0]}" if skipped else ""
+        raise ValueError(f"{folder}: none of its {len(sources)} files can be used{first}")
+    return FileCache(*map(tuple, zip(*rows)))
+
+
+def _identity(source, kind):
+    """A name for what `kind` makes of the file as it is now."""
+    found = source.stat()
+    return sha256(f"{source} {found.st_size} {found.st_mtime_ns} {kind}".encode()).hexdigest()[:24]
+
+
+def _cached(path):
+    """Of a source in the cache: (why it cannot be used, or None, its length). None if it is not there, or torn."""
+    try:
+        with safe_open(str(path), framework="np") as file:
+            return (file.metadata() or {}).get("skipped"), file.get_slice("data").get_shape()[0]
+    except (FileNotFoundError, SafetensorError):
+        return None
+
+
+def _decode_into(path, source, decode):
+    """Decode one source into the cache -> why it cannot be used, or None, and its length."""
+    try:
+        data, header = np.ascontiguousarray(decode(source)), {"source": str(source)}
+    except ValueError as error:
+        data, header = np.zeros(0, np.uint8), {"skipped": str(error)}
+    with atomic(path) as whole:
+        save_file({"data": data}, str(whole), metadata=header)
+    return header.get("skipped"), len(data)
