@@ -616,9 +616,8 @@ class FileCache:
     lengths: tuple
 
     def share(self, share):
-        """The sources for "training", "validation" or "test", by `share_of`; of fewer than 25, all are for training."""
-        few = len(self.names) < 25
-        keep = [i for i, name in enumerate(self.names) if share == ("training" if few else share_of(name))]
+        """The sources for "training", "validation" or "test", by `share_of`."""
+        keep = [i for i, name in enumerate(self.names) if share_of(name) == share]
         return FileCache(*(tuple(column[i] for i in keep) for column in (self.names, self.paths, self.lengths)))
 
     def read(self, index, start=0, stop=None):

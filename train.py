@@ -190,9 +190,13 @@ def open_data(args, decode):
     return sources
 
 
-def training_share(sources):
-    """`open_data`'s sources without the files that are held out."""
-    return [source.share("training") if isinstance(source, FileCache) else source for source in sources]
+def training_share(args, sources):
+    """`open_data`'s sources without the files that are held out. ValueError where none is left."""
+    shares = [source.share("training") if isinstance(source, FileCache) else source for source in sources]
+    for entry, share in zip(args.data, shares):
+        if isinstance(share, FileCache) and not share.names:
+            raise ValueError(f"{entry}: all of its files are held out, by their names (data.share_of); add more files")
+    return shares
 
 
 def held_out(args, sources, world, files):
@@ -234,7 +238,7 @@ def train_vae(args):
     """The autoencoder on single frames. A new one's scale and shift are measured at the end, on fresh clips."""
     network = initial(VAE, vae.load, SMALL_VAE, args)
     sources = open_data(args, cache_frames)
-    frames = FrameBatches(args.batch, args.seed, sources=training_share(sources))
+    frames = FrameBatches(args.batch, args.seed, sources=training_share(args, sources))
     if not args.init:
         quick_start(network, replace(frames, batch=240)[10**6][0])
     for part in (network.encoder, network.quant_conv) if args.freeze_encoder else ():
@@ -297,7 +301,7 @@ def train_vocoder(args):
     config = generator.config
     discriminator = Discriminator(DiscriminatorConfig(max_channels=args.discriminator_channels)).to(args.device)
     sources = open_data(args, lambda folder, cache: cache_sounds(folder, cache, config.sample_rate))
-    sounds = SoundBatches(args.batch, args.seed, args.seconds, config.sample_rate, training_share(sources))
+    sounds = SoundBatches(args.batch, args.seed, args.seconds, config.sample_rate, training_share(args, sources))
     state = State({"vocoder": generator, "discriminator": discriminator}, "vocoder", args, betas=(0.8, 0.99))
 
     def update(state, batch):
