@@ -1072,6 +1072,16 @@ def test_vocoder_convert_command(tmp_path):
     assert vocoder_module.load(tmp_path / "ours.safetensors").config.base == 4
 
 
+def test_vocoder_log_mel_of_pieces_is_that_of_the_whole():
+    wave = noise(2, 256 * (2 * vocoder_module.CHUNK + 5) + 77) / 10
+    config = VocoderConfig()
+    mel = log_mel(wave, config)
+    assert mel.shape == (2, 80, 2 * vocoder_module.CHUNK + 5)
+    spectrum = torch.stft(torch.nn.functional.pad(wave, (128, 128), mode="reflect"), 512, 256,
+                          window=torch.hann_window(512), center=False, return_complex=True).abs()
+    assert torch.allclose(mel, (mel_filters(config) @ spectrum).clamp(min=1e-5).log10(), atol=1e-5)
+
+
 # ==== data: media
 
 
@@ -1446,7 +1456,7 @@ def test_data_held_out_seeds_are_never_trained_on():
 
 
 def write_tones(folder, count=3, picture=False):
-    """Files of 0.3 s or, every third, 0.9 s: file k holds a tone of loudness k/100, with `picture` also grey level k."""
+    """Files of 0.3 s or, every third, 0.9 s: file k is a tone of loudness k/100, with `picture` also of grey level k."""
     folder.mkdir(exist_ok=True)
     for k in range(1, count + 1):
         t = np.arange(4800 * (3 if k % 3 == 0 else 1)) / 16000
@@ -2047,6 +2057,61 @@ def test_evaluate_write_result(tmp_path):
     assert json.loads((tmp_path / "a.json").read_text()) == result
     evaluate.write_result(tmp_path / "a.csv", result)
     assert (tmp_path / "a.csv").read_text().splitlines()[0] == "sound,f1_50,onsets"
+
+
+def test_evaluate_frechet_known_values():
+    x = np.random.default_rng(0).standard_normal((60, 8)) @ np.random.default_rng(1).standard_normal((8, 8))
+    centred = x - x.mean(0)
+    assert evaluate.frechet(x, x) == pytest.approx(0, abs=1e-9)
+    assert evaluate.frechet(x, x + 2) == pytest.approx(4 * 8)
+    trace = (centred**2).sum() / 59
+    assert evaluate.frechet(centred, 3 * centred) == pytest.approx(4 * trace)
+
+
+def test_evaluate_vocoder_command(tmp_path, weights, capsys):
+    write_tones(tmp_path / "tones", count=60)
+    (tmp_path / "tones" / "notes.txt").write_text("no sound")
+    (tmp_path / "embed.py").write_text("import numpy as np\ndef embed(wave):\n"
+                                       "    return np.abs(np.fft.rfft(wave[:4096].reshape(2, -1)))[:, :8], 'scores'\n")
+    words = ["vocoder", "--weights", str(weights / "vocoder.safetensors"), "--seconds", "0.5", "--out",
+             str(tmp_path / "rows.json"), "--embedding", str(tmp_path / "embed.py"), "--n", "3"]
+    assert not evaluate.main([*words, "--data", "bounce", str(tmp_path / "tones"), "--held-out"])
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    held_out = [name for name in map(str, range(1, 61)) if data.share_of(f"{name}.wav") == "test"]
+    assert [row["n"] for row in rows] == [3, 3] + [min(3, len(held_out))] * 2
+    assert [row["sound"] for row in rows[:2]] == ["Griffin-Lim", str(weights / "vocoder.safetensors")]
+    lim, random = rows[2:]
+    assert lim["mel_l1"] < 0.6 * random["mel_l1"]
+    assert lim["stft"] < random["stft"] and lim["frechet"] < random["frechet"]
+    assert lim["mel_l1_interval"][0] <= lim["mel_l1"] <= lim["mel_l1_interval"][1]
+    assert "| bounce | 3 | Griffin-Lim |" in capsys.readouterr().out
+    assert evaluate.main([*words, "--data", str(tmp_path / "none")]) == 2
+    assert "holds 0 sounds" in capsys.readouterr().err
+
+
+def test_evaluate_ports_mel_equals_librosas(tmp_path, capsys):
+    pytest.importorskip("librosa")
+    assert not evaluate.main(["ports", "--only", "mel", "--repeats", "1", "--out", str(tmp_path / "rows.json")])
+    row = json.loads((tmp_path / "rows.json").read_text())["rows"][0]
+    assert row["apart"] < 1e-4 and min(row["seconds"]) > 0 and "| mel |" in capsys.readouterr().out
+
+
+def test_evaluate_ports_say_what_is_missing(tmp_path, monkeypatch, capsys):
+    for name in ("diffusers", "librosa", "librosa.feature"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for what, names in (("VAE encode", "diffusers"), ("mel", "librosa")):
+        assert evaluate.main(["ports", "--only", what]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and names in error and "pip install" in error
+    assert evaluate.main(["ports", "--only", "MelGAN", "--melgan", str(tmp_path)]) == 2
+    assert "modules.py: there is no such file; give a clone" in capsys.readouterr().err
+
+
+def test_evaluate_memory_of_call_counts_what_is_held_at_once():
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("only Linux tells a call's peak memory")
+    two = evaluate.memory_of_call(lambda: (torch.ones(2**24) + torch.ones(2**24))[:1].clone())  # 3 x 64 MiB at once
+    assert 150 < two < 260
 
 
 # ==== packaging

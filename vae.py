@@ -251,10 +251,14 @@ def to_uint8(frames):
 
 def _in_chunks(function, x, chunk):
     """function over x (B, T, ...) seen as one long row of frames, `chunk` at a time, in the fast arithmetic."""
-    rows = x.flatten(0, 1)  # (B, T, C, H, W) -> (B*T, C, H, W)
+    rows, out, start = x.flatten(0, 1), None, 0  # (B, T, C, H, W) -> (B*T, C, H, W)
     with fast_autocast(x.device):
-        done = [function(part.contiguous(memory_format=torch.channels_last)) for part in rows.split(chunk)]
-    return torch.cat(done).contiguous().unflatten(0, x.shape[:2])
+        for part in rows.split(chunk):
+            done = function(part.contiguous(memory_format=torch.channels_last))
+            out = done.new_empty(len(rows), *done.shape[1:]) if out is None else out
+            out[start : start + len(done)] = done
+            start += len(done)
+    return out.unflatten(0, x.shape[:2])
 
 
 @torch.no_grad()
