@@ -756,6 +756,17 @@ def test_vae_convert_command_and_sample_takes_published_weights(tmp_path, weight
         assert load_models(tmp_path, "cpu").vae.config == replace(TINY_VAE, groups=8)
 
 
+def test_vae_decodes_no_more_at_a_time_than_2_16_pixels(full_precision, monkeypatch):
+    vae, seen = random_vae(TINY_VAE), []
+    reconstruct, moments = vae.reconstruct, vae.moments
+    monkeypatch.setattr(vae, "reconstruct", lambda z: seen.append(len(z)) or reconstruct(z))
+    monkeypatch.setattr(vae, "moments", lambda x: seen.append(len(x)) or moments(x))
+    frames = vae.decode(noise(1, 9, 4, 16, 16))  # 128 x 128
+    vae.encode(frames)
+    vae.decode(noise(2, 9, 4, 8, 8))  # 64 x 64
+    assert seen == [4, 4, 1] * 2 + [16, 2] and frames.is_contiguous()
+
+
 # ==== vocoder
 
 
@@ -1456,7 +1467,7 @@ def test_data_held_out_seeds_are_never_trained_on():
 
 
 def write_tones(folder, count=3, picture=False):
-    """Files of 0.3 s or, every third, 0.9 s: file k is a tone of loudness k/100, with `picture` also of grey level k."""
+    """Files of 0.3 s, every third of 0.9 s: file k is a tone of loudness k/100 and, with `picture`, grey of level k."""
     folder.mkdir(exist_ok=True)
     for k in range(1, count + 1):
         t = np.arange(4800 * (3 if k % 3 == 0 else 1)) / 16000
