@@ -492,8 +492,9 @@ def true_sounds(entry, args, config):
     else:
         paths = sorted(path for path in Path(entry).rglob("*") if path.is_file())
         paths = [path for path in paths if share_of(path) == "test"] if args.held_out else paths
+        n = min(args.n or len(paths), len(paths))
         waves = []
-        for path in paths[:args.n]:
+        for path in (paths[i * len(paths) // n] for i in range(n)):  # spread over the names
             try:
                 waves.append(read_audio(path, config.sample_rate, seconds=args.seconds))
             except ValueError as error:
@@ -575,6 +576,8 @@ def ports(args):
     if args.child:
         return print(json.dumps(memory_of_call(port_pair(args.child[0], args)[args.child[1] == "theirs"])))
     check_out(args.out)
+    if "MelGAN" in args.only and not args.melgan:
+        print("MelGAN is left out: it needs --melgan, a clone of descriptinc/melgan-neurips", file=sys.stderr)
     rows = [port_row(what, args) for what in PORTS if what in args.only and (what != "MelGAN" or args.melgan)]
     long = {n: port_memory("VAE decode", "ours", n, 16, args) for n in (18, 600)} if "VAE decode" in args.only else {}
     result = {"frames": args.frames, "size": args.size, "repeats": args.repeats, "machine": machine(), "rows": rows,

@@ -206,7 +206,7 @@ def held_out(args, sources, world, files):
         if not isinstance(source, FileCache):
             drawn[entry] = world(WORLDS[source])
         elif (share := source.share("validation")).names:
-            drawn[Path(entry).name] = files(share)
+            drawn[entry] = files(share)
     return drawn
 
 
@@ -251,8 +251,9 @@ def train_vae(args):
         state.descend("vae", loss, clip=math.inf)
         return {"loss": loss.detach(), "psnr": psnr(out.detach() / 2, batch[0] / 2).mean()}
 
-    of_world = lambda world: np.concatenate([world(VALIDATION_SEED + i, fps=5 / 3).video for i in range(80)])
-    unseen = held_out(args, sources, of_world, lambda files: files.frames(0, 240))
+    unseen = held_out(
+        args, sources, lambda world: np.concatenate([world(VALIDATION_SEED + i, fps=5 / 3).video for i in range(80)]),
+        lambda files: files.frames(0, 240))
 
     def evaluate(ema):
         figures = {}
@@ -321,24 +322,21 @@ def train_vocoder(args):
         parts = {name: getattr(loss, name).detach() for name in ("mel", "adversarial", "features")}
         return losses | parts | {"critic": critic.detach()}
 
-    unseen = held_out(args, sources, lambda world: of_world(world, 8, 3.2, config.sample_rate),
-                      lambda files: np.stack([files.wave(i, round(3.2 * config.sample_rate)) for i in range(8)]))
+    seconds, rate = 3.2, config.sample_rate
+    unseen = held_out(
+        args, sources,
+        lambda world: [world(VALIDATION_SEED + i, seconds, size=0, sample_rate=rate).audio for i in range(8)],
+        lambda files: [files.wave(i, round(seconds * rate)) for i in range(8)])
 
     def evaluate(ema):
         figures = {}
         for name, waves in unseen.items():
-            wave = torch.from_numpy(waves).to(args.device)
+            wave = torch.from_numpy(np.stack(waves)).to(args.device)
             with torch.no_grad():
                 figures[f"held_out_mel {name}"] = float(mel_loss(ema(log_mel(wave, config)), wave, config))
         return figures
 
     return run(state, sounds, update, evaluate, args).folded()
-
-
-def of_world(world, n, seconds, sample_rate):
-    """Validation sounds of a world -> (n, S)."""
-    seeds = range(VALIDATION_SEED, VALIDATION_SEED + n)
-    return np.stack([world(seed, seconds, size=0, sample_rate=sample_rate).audio for seed in seeds])
 
 
 # ---- The model
