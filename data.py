@@ -3,8 +3,9 @@
   what a file holds   Media, probe: its streams, length and start; check_output: can this path be written
   reading             Video (a file's frames, chunk by chunk), read_video, read_audio
   writing             write_clip (frames and sound), add_audio (a file's own picture with a new sound)
-  cache               clips encoded once: encode_files, write_encoded; open_encoded, EncodedClip, read by slice
+  encoded clips       latents and wave of a clip in one file, read by slice: write_encoded, open_encoded
   worlds              procedural clips whose event times are known: bounce (impacts), dance (beats)
+  caches              every file of a folder decoded once, then read by slice
 
 Everything goes through the ffmpeg binary that imageio-ffmpeg brings, so whatever ffmpeg reads, we read; it crops and
 scales, so that no whole file is ever held at full size. A clip starts where its picture starts, or, if it has none,
@@ -13,14 +14,16 @@ where its sound starts; all times are in seconds from there.
 Letters: T video frames, H W height and width, S samples. Frames are uint8 (T, H, W, 3), waves float32 (S,) in [-1, 1].
 """
 
-import hashlib
 import math
-import os
 import re
 import subprocess
 import tempfile
 import threading
+import time
 import warnings
+import zlib
+from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from queue import Queue
 from typing import NamedTuple
@@ -28,10 +31,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.numpy import save_file
 
 from cmmd import atomic
-from cmmd.vae import to_frames
 
 VIDEO_TYPES = {  # by extension: codec of the picture, codec of the sound, what else the format wants
     ".mp4": ("libx264 -crf 18 -preset fast", "aac -ar 48000 -b:a 128k", "-movflags +faststart"),
@@ -396,7 +398,7 @@ def _reason(text):
     return errors[0].strip().rstrip(".") if errors else "ffmpeg cannot read it"
 
 
-# ---- Cache: clips encoded once, read by slice
+# ---- Encoded clips: encoded once, read by slice
 
 
 class EncodedClip(NamedTuple):
@@ -423,7 +425,7 @@ def write_encoded(path, latents, wave, fps, sample_rate):
     """A clip of the cache: latents (T, C, H, W) as fp16, wave float (S,) as int16, cut or padded to T / fps seconds."""
     samples = round(len(latents) / fps * sample_rate)
     wave = np.pad(wave[:samples], (0, max(0, samples - len(wave))))
-    tensors = {"latents": latents.half().contiguous(), "wave": torch.from_numpy(np.round(wave * 32767).astype(np.int16))}
+    tensors = {"latents": latents.half().contiguous().numpy(), "wave": np.round(wave * 32767).astype(np.int16)}
     with atomic(path) as temporary:
         save_file(tensors, temporary, metadata={"fps": str(fps), "sample_rate": str(sample_rate)})
 
@@ -436,32 +438,6 @@ def open_encoded(path):
         return EncodedClip(latents, wave, latents.get_shape()[0], float(header["fps"]), int(header["sample_rate"]))
     except (OSError, SafetensorError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: no whole clip of a latent cache ({error}); remove it and encode again") from None
-
-
-def encode_files(paths, folder, vae, fps, size, sample_rate, shortest, say=print):
-    """Encode every video with sound among `paths` into the folder of a cache -> (files written or found, refused).
-
-    One file a clip, whole or not at all, so that a run may be stopped, and several may work at once. refused: one line
-    for each that has no picture, no sound, does not decode, or has fewer than `shortest` frames."""
-    done, refused = [], []
-    for i, path in enumerate(paths):
-        facts = os.stat(path)
-        key = hashlib.sha256(f"{Path(path).resolve()} {facts.st_size} {facts.st_mtime_ns}".encode()).hexdigest()[:12]
-        target = Path(folder) / f"{Path(path).stem}-{key}.safetensors"
-        try:
-            if not target.exists():
-                wave, device = read_audio(path, sample_rate), next(vae.parameters()).device
-                frames = Video(path, fps, size)
-                latents = torch.cat([vae.encode(to_frames(part.copy())[None].to(device))[0].cpu() for part in frames])
-                if len(latents) < shortest:
-                    raise ValueError(f"{path}: {len(latents)} frames at {fps:g} fps, a window has {shortest}")
-                write_encoded(target, latents, wave, fps, sample_rate)
-                say(f"encoded {i + 1} of {len(paths)}: {path}")
-            done.append(target)
-        except ValueError as error:
-            refused.append(str(error))
-            say(f"skipped {i + 1} of {len(paths)}: {error}")
-    return done, refused
 
 
 # ---- Worlds: procedural clips whose event times are known
@@ -834,3 +810,129 @@ def _rgb(hue, saturation, value):
     """HSV in [0, 1] -> RGB float32 (3,)."""
     k = (np.array([5.0, 3.0, 1.0]) + hue * 6) % 6
     return (value - value * saturation * np.clip(np.minimum(k, 4 - k), 0, 1)).astype(np.float32)
+
+
+WORLDS = {"bounce": bounce, "dance": dance}  # by the name that train.py's --data knows
+
+
+# ---- Caches: every file of a folder decoded once, then read by slice
+
+CACHE_FPS = 2  # frames kept per second of video: nearer ones teach an autoencoder little
+
+
+@dataclass(frozen=True)
+class FileCache:
+    """Decoded sources in a fixed order: their names in the folder they come from, the safetensors that hold them, each
+    one tensor `data` (n, ...), and each one's n."""
+
+    names: tuple
+    paths: tuple
+    lengths: tuple
+
+    def share(self, share):
+        """The sources for "training", "validation" or "test", by `share_of`."""
+        keep = [i for i, name in enumerate(self.names) if share_of(name) == share]
+        return FileCache(*(tuple(column[i] for i in keep) for column in (self.names, self.paths, self.lengths)))
+
+    def read(self, index, start=0, stop=None):
+        """A slice of source `index`, as stored: int16 (S,) or uint8 (T, size, size, 3)."""
+        with safe_open(self.paths[index], framework="np") as file:
+            return file.get_slice("data")[start : self.lengths[index] if stop is None else stop]
+
+    def wave(self, seed, S):
+        """A stretch float32 (S,) of a source of sound, drawn by `seed`, all parts equally likely. One that is too short
+        is heard whole, and others from their starts after it."""
+        rng, pieces, missing = np.random.default_rng(seed), [], S
+        while missing:
+            index = self._draw(rng)
+            start = int(rng.integers(max(0, self.lengths[index] - S) + 1)) if missing == S else 0
+            pieces.append(self.read(index, start, min(start + missing, self.lengths[index])))
+            missing -= len(pieces[-1])
+        return np.concatenate(pieces).astype(np.float32) / 32767
+
+    def frames(self, seed, n):
+        """n frames uint8 (n, size, size, 3) drawn by `seed`, all equally likely."""
+        rng = np.random.default_rng(seed)
+        drawn = [(index := self._draw(rng), int(rng.integers(self.lengths[index]))) for _ in range(n)]
+        return np.concatenate([self.read(index, frame, frame + 1) for index, frame in drawn])
+
+    def _draw(self, rng):
+        """A source, as likely as it is long."""
+        ends = np.cumsum(self.lengths)
+        return int(np.searchsorted(ends, rng.integers(ends[-1]), side="right"))
+
+    def fingerprint(self):
+        """Changes with the sources and their order: what a seed draws is a function of both."""
+        return f"{zlib.crc32(repr((self.names, self.lengths)).encode()):08x}"
+
+
+def share_of(path):
+    """"test", "validation" or "training", by the CRC-32 of a file's name alone: 1, 1 and 23 of 25 files."""
+    return {0: "test", 1: "validation"}.get(zlib.crc32(Path(path).name.encode()) % 25, "training")
+
+
+def cache_sounds(folder, cache, sample_rate=16000):
+    """Sounds of every file under `folder` -> FileCache of int16 waves (S,), mono; else as `cache_frames`."""
+    decode = lambda path: (np.clip(read_audio(path, sample_rate), -1, 1) * 32767).round().astype(np.int16)
+    return _fill(folder, cache, decode, f"sound {sample_rate}")
+
+
+def cache_frames(folder, cache, size=64, fps=CACHE_FPS):
+    """Frames of every file under `folder` -> FileCache of uint8 (T, size, size, 3), decoded into the folder `cache`.
+
+    What is there already is not decoded again, so a stopped call goes on where it was; a file that changed is new.
+    Files without a picture, or unreadable, are named with the reason and left out. ValueError if there is no such
+    folder or nothing in it can be used."""
+    return _fill(folder, cache, lambda path: read_video(path, fps, size), f"frames {size} {fps}")
+
+
+def _fill(folder, cache, decode, kind):
+    """Decode what `cache` lacks of `folder`. A source that cannot be used leaves a file with the reason, no data."""
+    folder, cache = Path(folder).resolve(), Path(cache).resolve()
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: there is no such folder; give a folder of files, or a world: {', '.join(WORLDS)}")
+    cache.mkdir(parents=True, exist_ok=True)
+    sources = sorted(path for path in folder.rglob("*") if path.is_file() and cache not in path.parents)
+    rows, skipped, said = [], [], time.monotonic()
+    for count, source in enumerate(sources, 1):
+        path = cache / f"{_identity(source, kind)}.safetensors"
+        reason, length = _cached(path) or _decode_into(path, source, decode)
+        if reason:
+            skipped.append(reason)
+            print(f"skipped {reason}", flush=True)
+        else:
+            rows.append((str(source.relative_to(folder)), str(path), length))
+        if time.monotonic() > said + 10:
+            said = time.monotonic()
+            print(f"{folder}: decoding, {count} of {len(sources)} files", flush=True)
+    print(f"{folder}: {len(sources)} files, {len(skipped)} of them skipped", flush=True)
+    if not rows:
+        first = f"; the first: {skipped[0]}" if skipped else ""
+        raise ValueError(f"{folder}: none of its {len(sources)} files can be used{first}")
+    return FileCache(*map(tuple, zip(*rows)))
+
+
+def _identity(source, kind):
+    """A name for what `kind` makes of the file as it is now."""
+    found = source.stat()
+    return sha256(f"{source} {found.st_size} {found.st_mtime_ns} {kind}".encode()).hexdigest()[:24]
+
+
+def _cached(path):
+    """Of a source in the cache: (why it cannot be used, or None, its length). None if it is not there, or torn."""
+    try:
+        with safe_open(str(path), framework="np") as file:
+            return (file.metadata() or {}).get("skipped"), file.get_slice("data").get_shape()[0]
+    except (FileNotFoundError, SafetensorError):
+        return None
+
+
+def _decode_into(path, source, decode):
+    """Decode one source into the cache -> why it cannot be used, or None, and its length."""
+    try:
+        data, header = np.ascontiguousarray(decode(source)), {"source": str(source)}
+    except ValueError as error:
+        data, header = np.zeros(0, np.uint8), {"skipped": str(error)}
+    with atomic(path) as whole:
+        save_file({"data": data}, str(whole), metadata=header)
+    return header.get("skipped"), len(data)

@@ -15,6 +15,8 @@ In reading order
     folders of clips       match_folders, listen; measures: every score of pairs (Table 2); folders
     figures                the paper's Fig. 2 and 4
     the user study         study_make: the rating page; study_read: MOS, Fig. 5, signed_rank, holm
+    vocoder                how near to true sounds vocoders come, over folders of files, beside Griffin-Lim
+    ports                  our VAE, vocoder and mel beside the originals: time and memory
     command line           python evaluate.py worlds | pictures | pairs | speed | folders ... (--help)
 
 Letters: B batch, T video frames, C channels, H W latent height and width, M mel bins, L mel frames, S samples,
@@ -26,27 +28,32 @@ import base64
 import csv
 import functools
 import hashlib
-import importlib
+import importlib.util
 import itertools
 import json
+import math
 import os
 import platform
 import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections import Counter, namedtuple
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from cmmd import Parser, atomic, generate, joint_loss
+from cmmd import Parser, atomic, fast_autocast, generate, joint_loss
 from cmmd.data import (
-    KIND_HUE, KIND_PITCH, SOUND_TYPES, TEMPI, TRAINING_SEED, VIDEO_TYPES, bounce, check_output, dance, probe, read_audio,
-    read_video, write_clip)
-from cmmd.vae import to_frames, to_uint8
-from cmmd.vocoder import VocoderConfig, griffin_lim, load as load_vocoder, log_mel, multi_resolution_stft
+    KIND_HUE, KIND_PITCH, SOUND_TYPES, TEMPI, TRAINING_SEED, VIDEO_TYPES, WORLDS, bounce, check_output, dance, probe,
+    read_audio, read_video, share_of, write_clip)
+from cmmd.vae import VAE, to_frames, to_uint8
+from cmmd.vocoder import (
+    Vocoder, VocoderConfig, fold_weight_norm, griffin_lim, load as load_vocoder, log_mel, multi_resolution_stft,
+    published_names)
 
 # The onset detector. Tuned once on true training sounds of `bounce`, then frozen.
 MEL_SHIFT, MEL_SCALE, MEL_CLAMP = 2.6, 1.3, (-1.9, 3.0)  # log10 mel -> about zero mean, unit variance
@@ -1293,6 +1300,240 @@ def draw_mos(drawing, means):
         axis.set(title=question.partition(":")[0], ylim=(0.9, 5.1))
 
 
+# ---------------------------------------------------------------- vocoder
+
+def vocoder(args):
+    """The command `vocoder`: how near to true sounds Griffin-Lim and vocoders come, folder by folder."""
+    check_out(args.out)
+    networks = {path: load_vocoder(path) for path in args.weights}
+    front = {tuple(asdict(network.config)[name] for name in FRONT) for network in networks.values()}
+    if len(front) > 1:
+        raise ValueError(f"{' and '.join(networks)} take different mels ({', '.join(FRONT)}); measure them one by one")
+    config = next(iter(networks.values())).config
+    ways = {"Griffin-Lim": lambda mel: griffin_lim(mel, config)}
+    ways |= {path: network.decode for path, network in networks.items()}
+    embed, rows = args.embedding and embedder(args.embedding), []
+    for entry in args.data:
+        waves = true_sounds(entry, args, config)
+        truth = [embed(None, wave[0].numpy()) for wave in waves] if embed else None
+        for name, way in ways.items():
+            row = {"data": entry, "n": len(waves), "sound": name}
+            rows.append(row | vocoder_row(way, waves, config, embed, truth))
+            print(f"{entry}: {name} done", file=sys.stderr, flush=True)
+    print(vocoder_table(rows, args))
+    if args.out:
+        write_result(args.out, {"settings": {key: str(value) for key, value in vars(args).items()}, "rows": rows})
+
+
+FRONT = ("sample_rate", "n_fft", "hop", "mel_bins", "f_min", "f_max")  # what makes two vocoders' mels the same
+
+
+def true_sounds(entry, args, config):
+    """The waves (1, S) of a folder's files, S whole mel frames and at most args.seconds, or of a world's test seeds."""
+    most = int(args.seconds * config.sample_rate)
+    if entry in WORLDS:
+        seeds = range(TEST_SEED, TEST_SEED + (args.n or 40))
+        waves = [WORLDS[entry](seed, args.seconds, size=0, sample_rate=config.sample_rate).audio for seed in seeds]
+    else:
+        paths = sorted(path for path in Path(entry).rglob("*") if path.is_file())
+        paths = [path for path in paths if share_of(path) == "test"] if args.held_out else paths
+        n = min(args.n or len(paths), len(paths))
+        waves = []
+        for path in (paths[i * len(paths) // n] for i in range(n)):  # spread over the names
+            try:
+                waves.append(read_audio(path, config.sample_rate, seconds=args.seconds))
+            except ValueError as error:
+                print(f"skipped {error}", file=sys.stderr)
+    whole = [wave[: min(len(wave), most) // config.hop * config.hop] for wave in waves]
+    whole = [torch.from_numpy(np.array(wave))[None] for wave in whole if len(wave) > 1024]
+    if len(whole) < 2:
+        what = "held-out sounds" if args.held_out else "sounds"
+        raise ValueError(f"{entry}: holds {len(whole)} {what} that can be measured, at least 2 are needed")
+    return whole
+
+
+def python_file(path, what):
+    """The module that a Python file of the user's makes. ValueError if there is none."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: there is no such file; give {what}")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def vocoder_row(way, waves, config, embed, truth):
+    """Figures of way(mel) against the true waves: means over files with their 95 % intervals, and Fréchet distance."""
+    made = [way(log_mel(wave, config)).clamp(-1, 1) for wave in waves]
+    each = [vocoder_quality(a, b, config) for a, b in zip(made, waves)]
+    row = {}
+    for key in ("mel_l1", "stft"):
+        values = np.array([[quality[key], 1.0] for quality in each])
+        mean = lambda pooled: pooled[..., 0] / pooled[..., 1]
+        row[key], row[f"{key}_interval"] = float(mean(values.sum(0))), bootstrap(values, mean)
+    if not embed:
+        return row | {"frechet": math.nan}
+    made = np.concatenate([embed(None, wave[0].numpy()) for wave in made])
+    return row | {"frechet": frechet(gaussian(np.concatenate(truth)), gaussian(made))}
+
+
+def vocoder_table(rows, args):
+    """One line per folder and way."""
+    lines = ["| sounds | n | made by | mel L1 [95 %] | STFT distance [95 %] | Fréchet distance |", "|---" * 6 + "|"]
+    for row in rows:
+        cells = [f"{row[key]:.3f} [{row[f'{key}_interval'][0]:.3f}, {row[f'{key}_interval'][1]:.3f}]"
+                 for key in ("mel_l1", "stft")]
+        lines.append(f"| {row['data']} | {row['n']} | {row['sound']} | {' | '.join(cells)} | {row['frechet']:.2f} |")
+    return "\n".join(lines + ["", f"Up to {args.seconds:g} s of every sound; Fréchet distance on embeddings of "
+                                  f"{args.embedding or 'nothing (--embedding)'}; {machine()}."])
+
+
+# ---------------------------------------------------------------- ports
+
+PORTS = ("VAE encode", "VAE decode", "MelGAN", "mel")  # against diffusers, diffusers, melgan-neurips, librosa
+
+
+def ports(args):
+    """The command `ports`: our networks beside the originals, same weights and input, in time and memory."""
+    torch.set_num_threads(args.threads)
+    if args.child:
+        return print(json.dumps(memory_of_call(port_pair(args.child[0], args)[args.child[1] == "theirs"])))
+    check_out(args.out)
+    if "MelGAN" in args.only and not args.melgan:
+        print("MelGAN is left out: it needs --melgan, a clone of descriptinc/melgan-neurips", file=sys.stderr)
+    rows = [port_row(what, args) for what in PORTS if what in args.only and (what != "MelGAN" or args.melgan)]
+    lengths = (64, 600) if "VAE decode" in args.only else ()  # 64 frames of 32 x 32 are the most decoded at a time
+    long = {n: port_memory("VAE decode", "ours", n, 32, args) for n in lengths}
+    result = {"frames": args.frames, "size": args.size, "repeats": args.repeats, "machine": machine(), "rows": rows,
+              "long": long}
+    print(ports_table(result))
+    if args.out:
+        write_result(args.out, result)
+
+
+def port_pair(what, args):
+    """Two functions without arguments that compute the same, (ours, theirs), each -> a tensor."""
+    torch.manual_seed(0)
+    try:
+        if what == "MelGAN":
+            return melgan_pair(args.melgan)
+        return mel_pair() if what == "mel" else vae_pair(what, args.frames, args.size)
+    except ImportError as error:
+        raise ValueError(f"the comparison of {what} needs {error.name}: pip install diffusers librosa") from None
+
+
+def vae_pair(what, frames, size):
+    """Our VAE and diffusers', published sizes, random weights; both in the fast arithmetic."""
+    from diffusers import AutoencoderKL
+    ours = VAE().eval()
+    c = ours.config
+    theirs = AutoencoderKL(down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
+                           block_out_channels=c.channels, layers_per_block=c.blocks, latent_channels=c.latent_channels)
+    theirs.load_state_dict(ours.state_dict())
+    theirs.eval()
+
+    def call(function):
+        with torch.no_grad(), fast_autocast("cpu"):
+            return function()
+
+    if what == "VAE encode":
+        x = torch.rand(1, frames, 3, size, size) * 2 - 1
+        return lambda: ours.encode(x), lambda: call(lambda: theirs.encode(x[0]).latent_dist.mode() * c.scale)[None]
+    z = torch.randn(1, frames, c.latent_channels, size // c.factor, size // c.factor)
+    return lambda: ours.decode(z), lambda: call(lambda: theirs.decode(z[0] / c.scale).sample.clamp(-1, 1))[None]
+
+
+def melgan_pair(clone):
+    """Our generator and that of a clone of descriptinc/melgan-neurips, published sizes, random weights; 9.6 s."""
+    mel = torch.randn(1, 80, 600)
+    modules = python_file(Path(clone) / "mel2wav" / "modules.py", "a clone of descriptinc/melgan-neurips")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's old weight norm
+        theirs = modules.Generator(mel.shape[1], 32, 3).eval()
+    ours = Vocoder().eval()
+    tensors = fold_weight_norm(theirs.state_dict())
+    ours.load_state_dict({name: tensors[published] for published, name in published_names(ours.config).items()})
+
+    def theirs_without_gradients():
+        with torch.no_grad():
+            return theirs(mel)[:, 0]
+
+    return lambda: ours.decode(mel), theirs_without_gradients
+
+
+def mel_pair():
+    """Our log-mel of 60 s and librosa's, with the same mirrored ends and floor."""
+    from librosa.feature import melspectrogram
+    wave = torch.randn(1, 60 * 16000) / 10
+    c = VocoderConfig()
+    pad = (c.n_fft - c.hop) // 2
+    settings = dict(sr=c.sample_rate, n_fft=c.n_fft, hop_length=c.hop, n_mels=c.mel_bins, fmin=c.f_min, fmax=c.f_max)
+
+    def theirs():
+        padded = np.pad(wave[0].numpy(), pad, mode="reflect")
+        mel = melspectrogram(y=padded, power=1, center=False, **settings)
+        return torch.from_numpy(np.log10(np.maximum(mel, 1e-5)))[None]
+
+    return lambda: log_mel(wave, c), theirs
+
+
+def port_row(what, args):
+    """One comparison: medians of interleaved repeats in this process, peak memory of each in a fresh one.
+
+    Times are of the processor, so what else a machine does counts little; they are seconds where threads are 1."""
+    pair, seconds = port_pair(what, args), ([], [])
+    apart = float((pair[0]() - pair[1]()).abs().max())  # also warms up
+    for _ in range(args.repeats):
+        for side, spent in zip(pair, seconds):
+            start = time.process_time()
+            side()
+            spent.append(time.process_time() - start)
+    del pair
+    memory = [port_memory(what, side, args.frames, args.size, args) for side in ("ours", "theirs")]
+    print(f"{what} done", file=sys.stderr, flush=True)
+    return {"what": what, "apart": apart, "seconds": [float(np.median(x)) for x in seconds],
+            "ranges": [[min(x), max(x)] for x in seconds], "mib": memory}
+
+
+def port_memory(what, side, frames, size, args):
+    """Peak memory in MiB of one call in a fresh process, beyond what stood before it and what it returns. Blocks above
+    64 KiB go back at once when freed, so that it is what the call holds and not what the allocator keeps."""
+    command = [sys.executable, __file__, "ports", "--child", what, side, "--frames", str(frames), "--size", str(size)]
+    command += ["--threads", str(args.threads)] + (["--melgan", args.melgan] if args.melgan else [])
+    frugal = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    child = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=frugal)
+    if child.returncode:
+        raise ValueError(f"the process that measured {what} ({side}) ended with {child.returncode}")
+    return json.loads(child.stdout)
+
+
+def memory_of_call(function):
+    """Peak resident memory in MiB while function() runs, beyond what stood before it and its result."""
+    resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2 ** 20
+    if not Path("/proc/self/clear_refs").exists():
+        return math.nan  # Linux alone tells
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = resident()
+    result = function()
+    return peak_memory() - before - result.nbytes / 2 ** 20
+
+
+def ports_table(result):
+    """One line per comparison; ratios below 1 are in our favour."""
+    lines = ["| | ours | original | time ratio | our memory | original's | memory ratio | largest difference |",
+             "|---" * 8 + "|"]
+    for row in result["rows"]:
+        (ours, theirs), (our_mib, their_mib) = row["seconds"], row["mib"]
+        lines.append(f"| {row['what']} | {ours:.3g} s | {theirs:.3g} s | {ours / theirs:.2f} | {our_mib:.0f} MiB | "
+                     f"{their_mib:.0f} MiB | {our_mib / their_mib:.2f} | {row['apart']:.1e} |")
+    long = [f"VAE decode of {frames} frames of 32 x 32: {mib:.0f} MiB." for frames, mib in result["long"].items()]
+    frames, size = result["frames"], result["size"]
+    return "\n".join(lines + [
+        "", f"{frames} frames of {size} x {size}, 600 mel frames, the mel of 60 s; medians of {result['repeats']} "
+        "interleaved repeats in processor seconds; peak memory of a first call beyond weights, input and result; "
+        f"{result['machine']}.", *long])
+
+
 # ---------------------------------------------------------------- command line
 
 def main(argv=None):
@@ -1348,6 +1589,7 @@ def arguments():
     read.add_argument("files", nargs="+", help="the raters' .csv files")
     read.add_argument("--key", nargs="+", required=True, help="the .key.csv of the page(s)")
     read.add_argument("--figure", help="also draw Fig. 5 to this .png, .pdf or .svg")
+    ports_arguments(commands)
     return parser
 
 
@@ -1367,7 +1609,29 @@ def folders_arguments(command):
     command.add_argument("--out", nargs="+", default=[], help="also write everything to .json, or the rows to .csv")
 
 
+def ports_arguments(commands):
+    """The commands `vocoder` and `ports`."""
+    vocoders = commands.add_parser("vocoder", help="how near to true sounds vocoders come, beside Griffin-Lim")
+    vocoders.add_argument("--data", nargs="+", required=True, metavar="FOLDER", help=f"or a world: {', '.join(WORLDS)}")
+    vocoders.add_argument("--weights", nargs="+", required=True, help="vocoders, of cmmd or melgan-neurips")
+    vocoders.add_argument("--held-out", action="store_true", help="only the files that train.py holds out for tests")
+    vocoders.add_argument("--n", type=int, help="at most so many sounds of each (of a world: 40)")
+    vocoders.add_argument("--seconds", type=float, default=5.0, help="at most, of each sound (default: %(default)s)")
+    vocoders.add_argument("--embedding", help="for the Fréchet distance: MODULE:FUNCTION or FILE.py:FUNCTION")
+    beside = commands.add_parser("ports", help="our VAE, vocoder and mel beside the originals: time and memory")
+    beside.add_argument("--only", nargs="+", default=PORTS, choices=PORTS, help="(default: all)")
+    beside.add_argument("--melgan", help="a clone of descriptinc/melgan-neurips")
+    beside.add_argument("--frames", type=int, default=18, help="(default: %(default)s)")
+    beside.add_argument("--size", type=int, default=128, help="of their sides in pixels (default: %(default)s)")
+    beside.add_argument("--repeats", type=int, default=5, help="(default: %(default)s)")
+    beside.add_argument("--threads", type=int, default=1, help="(default: %(default)s)")
+    beside.add_argument("--child", nargs=2, help=argparse.SUPPRESS)  # what and whose to measure, in the fresh process
+    for command in (vocoders, beside):
+        command.add_argument("--out", help="also write everything to this .json, or the rows to this .csv")
+
+
 COMMANDS = {"worlds": worlds, "pictures": pictures, "pairs": pairs, "speed": speed, "folders": folders, "figure": figure,
+            "vocoder": vocoder, "ports": ports,
             "study": lambda args: (study_make if args.step == "make" else study_read)(args)}
 
 

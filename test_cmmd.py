@@ -880,6 +880,17 @@ def test_vae_convert_command_and_sample_takes_published_weights(tmp_path, weight
         assert load_models(tmp_path, "cpu").vae.config == replace(TINY_VAE, groups=8)
 
 
+def test_vae_decodes_no_more_at_a_time_than_2_16_pixels(full_precision, monkeypatch):
+    vae, seen = random_vae(TINY_VAE), []
+    reconstruct, moments = vae.reconstruct, vae.moments
+    monkeypatch.setattr(vae, "reconstruct", lambda z: seen.append(len(z)) or reconstruct(z))
+    monkeypatch.setattr(vae, "moments", lambda x: seen.append(len(x)) or moments(x))
+    frames = vae.decode(noise(1, 9, 4, 16, 16))  # 128 x 128
+    vae.encode(frames)
+    vae.decode(noise(2, 9, 4, 8, 8))  # 64 x 64
+    assert seen == [4, 4, 1] * 2 + [16, 2] and frames.is_contiguous()
+
+
 # ==== vocoder
 
 
@@ -1206,6 +1217,16 @@ def test_vocoder_and_vae_command_lines_refuse_in_one_line(capsys, module, words,
         module.main(words)
     out, err = capsys.readouterr()
     assert stopped.value.code == 2 and not out and err.count("\n") == 1 and says in err, err
+
+
+def test_vocoder_log_mel_of_pieces_is_that_of_the_whole():
+    wave = noise(2, 256 * (2 * vocoder_module.CHUNK + 5) + 77) / 10
+    config = VocoderConfig()
+    mel = log_mel(wave, config)
+    assert mel.shape == (2, 80, 2 * vocoder_module.CHUNK + 5)
+    spectrum = torch.stft(torch.nn.functional.pad(wave, (128, 128), mode="reflect"), 512, 256,
+                          window=torch.hann_window(512), center=False, return_complex=True).abs()
+    assert torch.allclose(mel, (mel_filters(config) @ spectrum).clamp(min=1e-5).log10(), atol=1e-5)
 
 
 # ==== data: media
@@ -1734,6 +1755,87 @@ def test_data_dance_style_is_seen_and_heard():
     assert np.mean((x[100:] @ fit).argmax(1) == styles[100:]) >= 0.9
 
 
+# ==== data: caches
+
+
+def write_tones(folder, count=3, picture=False):
+    """Files of 0.3 s, every third of 0.9 s: file k is a tone of loudness k/100 and, with `picture`, grey of level k."""
+    folder.mkdir(exist_ok=True)
+    for k in range(1, count + 1):
+        t = np.arange(4800 * (3 if k % 3 == 0 else 1)) / 16000
+        frames = np.full((10 * len(t) // 16000, 16, 16, 3), k, np.uint8) if picture else None
+        tone = k / 100 * np.sin(2 * np.pi * 997.3 * t)  # ffmpeg takes some tones that repeat after 32 bytes for MPEG
+        data.write_clip(folder / f"{k}.{'mkv' if picture else 'wav'}", frames, tone)
+
+
+def test_data_cache_decodes_once_and_names_what_it_skips(tmp_path, monkeypatch, capsys):
+    write_tones(tmp_path / "media")
+    (tmp_path / "media" / "deep").mkdir()
+    data.write_clip(tmp_path / "media" / "deep" / "silent.mp4", np.zeros((5, 16, 16, 3), np.uint8))
+    (tmp_path / "media" / "notes.txt").write_text("no media")
+    inside = tmp_path / "media" / "cache"  # a cache inside the tree is not its own source
+    first = data.cache_sounds(tmp_path / "media", inside)
+    said = capsys.readouterr().out
+    assert first.names == ("1.wav", "2.wav", "3.wav") and first.lengths == (4800, 4800, 14400)
+    assert "silent.mp4: has no sound" in said and "notes.txt: no media file" in said and "5 files, 2 of them" in said
+    for index, name in enumerate(first.names):
+        true = data.read_audio(tmp_path / "media" / name)
+        assert np.abs(first.read(index) / 32767 - true).max() < 1 / 32767
+        assert np.array_equal(first.read(index, 100, 200), first.read(index)[100:200])
+    decoded = []
+    read = data.read_audio
+    monkeypatch.setattr(data, "read_audio", lambda path, *rest: decoded.append(path.name) or read(path, *rest))
+    assert data.cache_sounds(tmp_path / "media", inside) == first and not decoded
+    assert "silent.mp4: has no sound" in capsys.readouterr().out
+    Path(first.paths[0]).write_bytes(Path(first.paths[0]).read_bytes()[:50])  # torn
+    data.write_clip(tmp_path / "media" / "2.wav", audio=np.zeros(3200))  # another sound than before
+    again = data.cache_sounds(tmp_path / "media", inside)
+    assert decoded == ["1.wav", "2.wav"] and again.lengths == (4800, 3200, 14400)
+    assert again.fingerprint() != first.fingerprint() == replace(first).fingerprint()
+
+
+def test_data_cache_of_frames(tmp_path):
+    write_tones(tmp_path / "media", picture=True)
+    write_tones(tmp_path / "media")  # sounds alone have no frames
+    files = data.cache_frames(tmp_path / "media", tmp_path / "cache", size=8, fps=10)
+    assert files.names == ("1.mkv", "2.mkv", "3.mkv") and files.lengths == (3, 3, 9)
+    drawn = files.frames(5, 300)
+    assert drawn.shape == (300, 8, 8, 3) and np.array_equal(drawn, files.frames(5, 300))
+    levels = [round(float(files.read(i).mean())) for i in range(3)]
+    shares = [np.mean(np.abs(drawn.mean((1, 2, 3)) - level) < 0.5) for level in levels]
+    assert shares == pytest.approx([0.2, 0.2, 0.6], abs=0.1)
+
+
+def test_data_cache_draws_stretches_and_joins_short_files(tmp_path):
+    write_tones(tmp_path / "media")
+    files = data.cache_sounds(tmp_path / "media", tmp_path / "cache")
+    level = lambda wave: round(float(np.abs(wave).max()) * 100)
+    starts = [files.wave(seed, 1600) for seed in range(300)]
+    assert all(wave.shape == (1600,) and wave.dtype == np.float32 for wave in starts)
+    assert [np.mean([level(w) == k for w in starts]) for k in (1, 2, 3)] == pytest.approx([0.2, 0.2, 0.6], abs=0.1)
+    assert np.array_equal(files.wave(7, 1600), starts[7])
+    long = files.wave(3, 40000)  # longer than all: several, each from its start
+    assert long.shape == (40000,)
+    pieces, at = [], 0
+    while at < 40000:
+        k = max(level(long[at : at + 100]), 1)
+        n = min(files.lengths[k - 1], 40000 - at)
+        assert np.array_equal((long[at : at + n] * 32767).round(), files.read(k - 1)[:n])
+        pieces, at = [*pieces, k], at + n
+    assert len(pieces) >= 3
+
+
+def test_data_share_of_is_a_rule_of_names(tmp_path):
+    names = [f"{k}.wav" for k in range(5000)]
+    shares = [data.share_of(name) for name in names]
+    counts = [shares.count(x) for x in ("test", "validation", "training")]
+    assert counts == pytest.approx([200, 200, 4600], abs=50)
+    assert shares == [data.share_of(f"/elsewhere/{name}") for name in names]
+    assert {zlib.crc32(b"%d.wav" % k) % 25 for k, share in enumerate(shares) if share == "test"} == {0}
+    files = data.FileCache(tuple(names), tuple(names), tuple(range(5000)))
+    assert [files.share("test").lengths[0], len(files.share("training").paths)] == [shares.index("test"), counts[2]]
+
+
 # ==== sample
 
 
@@ -2081,6 +2183,14 @@ def stop_after_saving(monkeypatch, step):
     monkeypatch.setattr(train.State, "save", save_and_stop)
 
 
+def few_clips(monkeypatch):
+    """Trainings draw many clips of the world: let 8 do."""
+    drawn = cache(bounce)
+    few = lambda seed, *rest, **settings: drawn(seed % 8, *rest, **settings)
+    monkeypatch.setattr(train, "bounce", few)
+    monkeypatch.setitem(train.WORLDS, "bounce", few)
+
+
 def same_tensors(a, b):
     a, b = load_file(a), load_file(b)
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
@@ -2098,8 +2208,7 @@ TRAININGS = {
 @pytest.mark.parametrize("name", list(TRAININGS))
 def test_train_resumed_equals_never_stopped(tmp_path, monkeypatch, weights, name):
     task = name.partition(",")[0]
-    drawn = cache(bounce)  # trainings draw many clips: here 8 will do
-    monkeypatch.setattr(train, "bounce", lambda seed, *rest, **settings: drawn(seed % 8, *rest, **settings))
+    few_clips(monkeypatch)
     words = [task, "--steps", "6", "--batch", "2", "--workers", "0", "--save-every", "3", *TRAININGS[name]]
     if task == "cmmd":
         words += ["--vae", str(weights / "vae.safetensors")]
@@ -2117,8 +2226,7 @@ def test_train_resumed_equals_never_stopped(tmp_path, monkeypatch, weights, name
 
 
 def test_train_refuses_to_resume_with_other_settings(tmp_path, monkeypatch, capsys):
-    drawn = cache(bounce)
-    monkeypatch.setattr(train, "bounce", lambda seed, *rest, **settings: drawn(seed % 8, *rest, **settings))
+    few_clips(monkeypatch)
     words = ["vae", "--out", str(tmp_path), "--steps", "1", "--workers", "0", *TRAININGS["vae"]]
     assert not train.main([*words, "--batch", "2"])
     assert train.main([*words, "--batch", "3"]) == 2
@@ -2232,10 +2340,66 @@ def test_train_parser_refuses_in_one_line(capsys, words, says):
 
 
 def test_train_learning_rate_warms_up_and_comes_down():
-    args = type("Args", (), dict(lr=1.0, warmup=10, steps=110))
+    args = type("Args", (), dict(lr=1.0, warmup=10, steps=110, decay="cosine", gamma=0.9))
     rates = [train.learning_rate(step, args) for step in range(110)]
     assert rates[0] == 0.1 and rates[9] == rates[10] == 1.0 and rates[60] == pytest.approx(0.51)
     assert np.diff(rates[10:]).max() < 0 and 0.02 <= rates[-1] < 0.03
+    args.decay = "exponential"
+    rates = [train.learning_rate(step, args) for step in range(110)]
+    assert rates[9:13] == pytest.approx([1.0, 1.0, 0.9, 0.81]) and rates[109] == pytest.approx(0.9**99)
+
+
+@pytest.mark.parametrize("task", ["vae", "vocoder"])
+def test_train_on_folders_resumed_equals_never_stopped(tmp_path, monkeypatch, capsys, task):
+    few_clips(monkeypatch)
+    write_tones(tmp_path / "media", picture=True)
+    words = [task, "--steps", "6", "--batch", "4", "--workers", "0", "--save-every", "3", *TRAININGS[task],
+             "--data", "bounce", str(tmp_path / "media"), "--decay", "exponential", "--cache", str(tmp_path / "cache")]
+    assert not train.main([*words, "--out", str(tmp_path / "straight")])
+    with monkeypatch.context() as patch:
+        stop_after_saving(patch, 3)
+        with pytest.raises(Stopped):
+            train.main([*words, "--out", str(tmp_path / "stopped")])
+    assert not train.main([*words, "--out", str(tmp_path / "stopped")])
+    for name in (f"{task}.safetensors", f"{task}-checkpoint.safetensors"):
+        assert same_tensors(tmp_path / "straight" / name, tmp_path / "stopped" / name)
+    data.write_clip(tmp_path / "media" / "more.mp4", np.zeros((5, 16, 16, 3), np.uint8), np.zeros(8000))
+    capsys.readouterr()
+    assert train.main([*words, "--out", str(tmp_path / "stopped")]) == 2
+    assert "was started with files" in capsys.readouterr().err
+
+
+def test_train_sources_take_turns_and_held_out_files_never_come(tmp_path):
+    write_tones(tmp_path / "media", count=60)
+    files = data.cache_sounds(tmp_path / "media", tmp_path / "cache")
+    shares = {name: files.share(name) for name in ("training", "validation", "test")}
+    seen = {name: {int((abs(share.wave(seed, 800)).max() * 100).round()) for seed in range(500)}
+            for name, share in shares.items()}  # a tone's loudness is its file's number
+    assert all(seen[name] == {int(Path(x).stem) for x in share.names} for name, share in shares.items())
+    assert not seen["training"] & (seen["validation"] | seen["test"]) and not seen["validation"] & seen["test"]
+    sounds = train.SoundBatches(3, 0, 0.05, sources=["bounce", shares["training"]])
+    for step in (0, 1):
+        for item, wave in enumerate(sounds[step][0], 3 * step):
+            world = torch.from_numpy(bounce(train.clip_seed(0, item, 0, 1), 0.05, size=0).audio)
+            assert torch.equal(wave, world) == (item % 2 == 0)
+            assert item % 2 == 0 or int((wave.abs().max() * 100).round()) in seen["training"]
+
+
+HELD_OUT = next(f"{k}.wav" for k in range(1000) if data.share_of(f"{k}.wav") != "training")
+
+
+@pytest.mark.parametrize("name, says", [
+    (None, "no such folder"), ("notes.txt", "none of its 1 files"), (HELD_OUT, "all of its files are held out")])
+def test_train_refuses_data_in_one_line(tmp_path, capsys, name, says):
+    if name:
+        (tmp_path / "media").mkdir()
+        (tmp_path / "media" / name).write_text("text")
+    if name == HELD_OUT:
+        data.write_clip(tmp_path / "media" / name, audio=noise(4000).numpy() / 10)
+    words = ["vocoder", "--data", str(tmp_path / "media"), "--out", str(tmp_path / "out"), "--workers", "0"]
+    assert train.main(words) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and says in error
 
 
 # ==== evaluate
@@ -2931,6 +3095,52 @@ def test_evaluate_fad_of_kitchen_sounds_grows_with_their_damage():
     changes = (lambda wave: wave, lambda wave: wave + wave.std() * noise(wave), lambda wave: 0.1 * noise(wave))
     half, noisy, white = (evaluate.frechet(fit(change, waves[::2]), reference) for change in changes)
     assert 3.5 < half < 6.5 and 15 < noisy < 30 and 45 < white < 80  # measured: 4.7, 23, 67
+
+
+def test_evaluate_vocoder_command(tmp_path, weights, capsys):
+    write_tones(tmp_path / "tones", count=60)
+    (tmp_path / "tones" / "notes.txt").write_text("no sound")
+    (tmp_path / "spectra.py").write_text("import numpy as np\ndef embed(wave):\n"
+                                       "    return np.abs(np.fft.rfft(wave[:4096].reshape(2, -1)))[:, :8], 'scores'\n")
+    words = ["vocoder", "--weights", str(weights / "vocoder.safetensors"), "--seconds", "0.5", "--out",
+             str(tmp_path / "rows.json"), "--embedding", f"{tmp_path / 'spectra.py'}:embed", "--n", "3"]
+    assert not evaluate.main([*words, "--data", "bounce", str(tmp_path / "tones"), "--held-out"])
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    held_out = [name for name in map(str, range(1, 61)) if data.share_of(f"{name}.wav") == "test"]
+    assert [row["n"] for row in rows] == [3, 3] + [min(3, len(held_out))] * 2
+    assert [row["sound"] for row in rows[:2]] == ["Griffin-Lim", str(weights / "vocoder.safetensors")]
+    lim, random = rows[2:]
+    assert lim["mel_l1"] < 0.6 * random["mel_l1"]
+    assert lim["stft"] < random["stft"] and lim["frechet"] < random["frechet"]
+    assert lim["mel_l1_interval"][0] <= lim["mel_l1"] <= lim["mel_l1_interval"][1]
+    assert "| bounce | 3 | Griffin-Lim |" in capsys.readouterr().out
+    assert evaluate.main([*words, "--data", str(tmp_path / "none")]) == 2
+    assert "holds 0 sounds" in capsys.readouterr().err
+
+
+def test_evaluate_ports_mel_equals_librosas(tmp_path, capsys):
+    pytest.importorskip("librosa")
+    assert not evaluate.main(["ports", "--only", "mel", "--repeats", "1", "--out", str(tmp_path / "rows.json")])
+    row = json.loads((tmp_path / "rows.json").read_text())["rows"][0]
+    assert row["apart"] < 1e-4 and min(row["seconds"]) > 0 and "| mel |" in capsys.readouterr().out
+
+
+def test_evaluate_ports_say_what_is_missing(tmp_path, monkeypatch, capsys):
+    for name in ("diffusers", "librosa", "librosa.feature"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for what, names in (("VAE encode", "diffusers"), ("mel", "librosa")):
+        assert evaluate.main(["ports", "--only", what]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and names in error and "pip install" in error
+    assert evaluate.main(["ports", "--only", "MelGAN", "--melgan", str(tmp_path)]) == 2
+    assert "modules.py: there is no such file; give a clone" in capsys.readouterr().err
+
+
+def test_evaluate_memory_of_call_counts_what_is_held_at_once():
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("only Linux tells a call's peak memory")
+    two = evaluate.memory_of_call(lambda: (torch.ones(2**24) + torch.ones(2**24))[:1].clone())  # 3 x 64 MiB at once
+    assert 150 < two < 260
 
 
 # ==== packaging

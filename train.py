@@ -1,7 +1,8 @@
 """Three trainings, one skeleton: `python train.py vae|vocoder|cmmd --out FOLDER`.
 
-They train on the `bounce` world, every clip drawn fresh. In this order: the skeleton (State: weights, EMA and
-optimisers with exact resume; run: the loop), then one plain training for each network, then the command line.
+They train on the `bounce` world, every clip drawn fresh; `vae` and `vocoder` on any folders too (--data). In this
+order: the skeleton (State: weights, EMA and optimisers with exact resume; run: the loop), then one plain training for
+each network, then the command line.
 
 What step n sees (clips, times, noise) is a function of n and of the settings alone, so a run that was stopped and
 resumed with the same settings ends with the same weights, bit for bit on the CPU, as one that was never stopped.
@@ -27,7 +28,9 @@ from cmmd import (
     CMMD, SEED, CMMDConfig, Parser, atomic, contrastive_loss, draw_negatives, draw_times, fast_autocast, generate,
     joint_loss, load, number, save, vae, vocoder,
 )
-from cmmd.data import TRAINING_SEED, EncodedClip, bounce, open_encoded, write_encoded
+from cmmd.data import (
+    TRAINING_SEED, WORLDS, EncodedClip, FileCache, bounce, cache_frames, cache_sounds, open_encoded, write_encoded,
+)
 from cmmd.evaluate import psnr, sound_scores
 from cmmd.vae import VAE, VAEConfig, quick_start, to_frames, vae_loss
 from cmmd.vocoder import (
@@ -38,8 +41,7 @@ from cmmd.vocoder import (
 VALIDATION_SEED = 500_000  # worlds from here on choose settings; those from 0 on are the test set
 SMALL_VAE = VAEConfig(channels=(16, 32, 64, 96), blocks=1, groups=4, latent_channels=8)
 SMALL_VOCODER = VocoderConfig(base=16, mel_mean=-3.9, mel_std=1.0)
-SMALL_DISCRIMINATOR = DiscriminatorConfig(max_channels=256)
-FREE = ("out", "device", "cache", "threads", "workers", "log_every", "eval_every", "save_every")  # may differ on resume
+FREE = ("out", "cache", "device", "threads", "workers", "log_every", "eval_every", "save_every")  # may differ on resume
 
 
 # ---- The skeleton
@@ -115,9 +117,11 @@ class State:
 
 
 def learning_rate(step, args):
-    """Linear warm-up, then a cosine down to 2 % of args.lr at the last step."""
+    """Linear warm-up, then a cosine down to 2 % of args.lr at the last step, or a factor of args.gamma a step."""
     if step < args.warmup:
         return args.lr * (step + 1) / args.warmup
+    if args.decay == "exponential":
+        return args.lr * args.gamma ** (step - args.warmup)
     return args.lr * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - args.warmup) / (args.steps - args.warmup))))
 
 
@@ -183,28 +187,66 @@ def clip_seed(args_seed, step, item, per_step):
     return TRAINING_SEED + args_seed * 1_000_000_000 + step * per_step + item
 
 
+def open_data(args, decode):
+    """What --data names: worlds stay names, a folder becomes decode(folder, cache), a FileCache. Resuming is refused
+    where the files changed."""
+    cache = args.cache or Path(args.out) / "cache"
+    sources = [entry if entry in WORLDS else decode(entry, cache) for entry in args.data]
+    args.files = [source.fingerprint() for source in sources if isinstance(source, FileCache)]
+    return sources
+
+
+def training_share(args, sources):
+    """`open_data`'s sources without the files that are held out. ValueError where none is left."""
+    shares = [source.share("training") if isinstance(source, FileCache) else source for source in sources]
+    for entry, share in zip(args.data, shares):
+        if isinstance(share, FileCache) and not share.names:
+            raise ValueError(f"{entry}: all of its files are held out, by their names (data.share_of); add more files")
+    return shares
+
+
+def held_out(args, sources, world, files):
+    """By entry of --data what no step sees: world(its function), or files(its validation share) if that holds any."""
+    drawn = {}
+    for entry, source in zip(args.data, sources):
+        if not isinstance(source, FileCache):
+            drawn[entry] = world(WORLDS[source])
+        elif (share := source.share("validation")).names:
+            drawn[entry] = files(share)
+    return drawn
+
+
 # ---- Autoencoder
 
 
 @dataclass
 class FrameBatches:
-    """Single frames of many worlds: [step] -> [frames (batch, 3, size, size) in [-1, 1]], three from each clip."""
+    """Single frames: [step] -> [frames (batch, 3, size, size) in [-1, 1]], three from each clip of a world or drawn
+    from a folder, the sources taking turns."""
 
     batch: int
     seed: int
     size: int = 64
+    sources: tuple = ("bounce",)
 
     def __getitem__(self, step):
         clips = -(-self.batch // 3)
-        videos = [bounce(clip_seed(self.seed, step, i, clips), fps=5 / 3, size=self.size).video for i in range(clips)]
-        return [to_frames(np.concatenate(videos)[: self.batch])]
+        return [to_frames(np.concatenate([self.three(step * clips + i) for i in range(clips)])[: self.batch])]
+
+    def three(self, item):
+        source, seed = self.sources[item % len(self.sources)], clip_seed(self.seed, item, 0, 1)
+        if isinstance(source, FileCache):
+            return source.frames(seed, 3)
+        return WORLDS[source](seed, fps=5 / 3, size=self.size).video
 
 
 def train_vae(args):
     """The autoencoder on single frames. A new one's scale and shift are measured at the end, on fresh clips."""
     network = initial(VAE, vae.load, SMALL_VAE, args)
+    sources = open_data(args, cache_frames)
+    frames = FrameBatches(args.batch, args.seed, sources=training_share(args, sources))
     if not args.init:
-        quick_start(network, FrameBatches(240, args.seed)[10**6][0])
+        quick_start(network, replace(frames, batch=240)[10**6][0])
     for part in (network.encoder, network.quant_conv) if args.freeze_encoder else ():
         part.requires_grad_(False)
     state = State({"vae": network}, "vae", args)
@@ -215,16 +257,21 @@ def train_vae(args):
         state.descend("vae", loss, clip=math.inf)
         return {"loss": loss.detach(), "psnr": psnr(out.detach() / 2, batch[0] / 2).mean()}
 
-    held_out = to_frames(np.concatenate([bounce(VALIDATION_SEED + i, fps=5 / 3).video for i in range(80)]))[None]
+    unseen = held_out(
+        args, sources, lambda world: np.concatenate([world(VALIDATION_SEED + i, fps=5 / 3).video for i in range(80)]),
+        lambda files: files.frames(0, 240))
 
     def evaluate(ema):
-        x = held_out.to(args.device)
-        return {"held_out_psnr": float(psnr(ema.decode(ema.encode(x)) / 2, x / 2).mean())}
+        figures = {}
+        for name, video in unseen.items():
+            x = to_frames(video)[None].to(args.device)
+            figures[f"held_out_psnr {name}"] = float(psnr(ema.decode(ema.encode(x)) / 2, x / 2).mean())
+        return figures
 
-    ema = run(state, FrameBatches(args.batch, args.seed), update, evaluate, args)
+    ema = run(state, frames, update, evaluate, args)
     if not args.init:
         ema.config = replace(ema.config, scale=1.0, shift=0.0)
-        latents = ema.encode(FrameBatches(480, args.seed)[10**6][0][None].to(args.device))
+        latents = ema.encode(replace(frames, batch=480)[10**6][0][None].to(args.device))
         deviation, mean = torch.std_mean(latents, dim=(0, 1, 3, 4))
         ema.config = replace(ema.config, scale=tuple((1 / deviation).tolist()), shift=tuple(mean.tolist()))
     return ema
@@ -235,22 +282,33 @@ def train_vae(args):
 
 @dataclass
 class SoundBatches:
-    """Sounds of the world: [step] -> [waves (batch, S)], `seconds` long (P: 4 s)."""
+    """Sounds: [step] -> [waves (batch, S)], `seconds` long (P: 4 s), the sources taking turns."""
 
     batch: int
     seed: int
     seconds: float
+    sample_rate: int = 16000
+    sources: tuple = ("bounce",)
 
     def __getitem__(self, step):
-        seeds = [clip_seed(self.seed, step, i, self.batch) for i in range(self.batch)]
-        return [torch.from_numpy(np.stack([bounce(s, self.seconds, size=0).audio for s in seeds]))]
+        items = range(step * self.batch, (step + 1) * self.batch)
+        return [torch.from_numpy(np.stack([self.sound(item) for item in items]))]
+
+    def sound(self, item):
+        source, seed = self.sources[item % len(self.sources)], clip_seed(self.seed, item, 0, 1)
+        if isinstance(source, FileCache):
+            return source.wave(seed, round(self.seconds * self.sample_rate))
+        return WORLDS[source](seed, self.seconds, size=0, sample_rate=self.sample_rate).audio
 
 
 def train_vocoder(args):
     """MelGAN with HiFi-GAN's losses (P). Before step --adversarial-from, in their place, a loss of the loud parts
     (ours), which learns tones far sooner."""
     generator = add_weight_norm(initial(Vocoder, vocoder.load, SMALL_VOCODER, args))
-    discriminator, config = Discriminator(SMALL_DISCRIMINATOR).to(args.device), generator.config
+    config = generator.config
+    discriminator = Discriminator(DiscriminatorConfig(max_channels=args.discriminator_channels)).to(args.device)
+    sources = open_data(args, lambda folder, cache: cache_sounds(folder, cache, config.sample_rate))
+    sounds = SoundBatches(args.batch, args.seed, args.seconds, config.sample_rate, training_share(args, sources))
     state = State({"vocoder": generator, "discriminator": discriminator}, "vocoder", args, betas=(0.8, 0.99))
 
     def update(state, batch):
@@ -259,7 +317,7 @@ def train_vocoder(args):
         losses = dict.fromkeys(("mel", "loud", "adversarial", "features", "critic"), math.nan)
         if state.step < args.adversarial_from:
             loud, mel = loud_stft_loss(output, wave), mel_loss(output, wave, config)
-            state.descend("vocoder", loud + 0.01 * mel)
+            state.descend("vocoder", loud + args.mel_weight * mel)
             return losses | {"mel": mel.detach(), "loud": loud.detach()}
         critic = discriminator_loss(discriminator(wave), discriminator(output.detach()))
         state.descend("discriminator", critic)
@@ -270,14 +328,21 @@ def train_vocoder(args):
         parts = {name: getattr(loss, name).detach() for name in ("mel", "adversarial", "features")}
         return losses | parts | {"critic": critic.detach()}
 
-    seeds = range(VALIDATION_SEED, VALIDATION_SEED + 8)
-    held_out = torch.from_numpy(np.stack([bounce(seed, 3.2, size=0).audio for seed in seeds])).to(args.device)
+    seconds, rate = 3.2, config.sample_rate
+    unseen = held_out(
+        args, sources,
+        lambda world: [world(VALIDATION_SEED + i, seconds, size=0, sample_rate=rate).audio for i in range(8)],
+        lambda files: [files.wave(i, round(seconds * rate)) for i in range(8)])
 
     def evaluate(ema):
-        with torch.no_grad():
-            return {"held_out_mel": float(mel_loss(ema(log_mel(held_out, config)), held_out, config))}
+        figures = {}
+        for name, waves in unseen.items():
+            wave = torch.from_numpy(np.stack(waves)).to(args.device)
+            with torch.no_grad():
+                figures[f"held_out_mel {name}"] = float(mel_loss(ema(log_mel(wave, config)), wave, config))
+        return figures
 
-    return run(state, SoundBatches(args.batch, args.seed, args.seconds), update, evaluate, args).folded()
+    return run(state, sounds, update, evaluate, args).folded()
 
 
 # ---- The model
@@ -481,14 +546,22 @@ def arguments(argv):
         task.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
         task.add_argument("--threads", type=number(1, kind=int), help="CPU threads")
         task.add_argument("--workers", type=int, default=1, help="processes that prepare batches")
+        task.add_argument("--decay", choices=("cosine", "exponential"), default="cosine", help="of the learning rate")
+        task.add_argument("--gamma", type=float, default=0.999, help="exponential decay: the factor of a step")
         task.add_argument("--log-every", type=int, default=20)
         task.add_argument("--eval-every", type=int, default=400)
         task.add_argument("--save-every", type=int, default=100)
+        if name != "cmmd":
+            task.add_argument("--data", nargs="+", default=["bounce"], metavar="FOLDER",
+                              help=f"folders of media files and worlds ({', '.join(WORLDS)}), in equal shares")
+            task.add_argument("--cache", help="where their files are kept decoded (default: OUT/cache)")
         if name == "vae":
             task.add_argument("--freeze-encoder", action="store_true", help="train the decoder alone, latents stay")
         if name == "vocoder":
             task.add_argument("--seconds", type=number(0.1), default=4.0, help="length of the crops (paper: 4)")
             task.add_argument("--adversarial-from", type=int, default=2000, help="first step with discriminators")
+            task.add_argument("--mel-weight", type=float, default=0.01, help="of the mel loss before that step")
+            task.add_argument("--discriminator-channels", type=int, default=256, help="at most (MelGAN's: 1024)")
         if name == "cmmd":
             task.add_argument("--vae", required=True, help="weights of the autoencoder")
             task.add_argument("--first-lesson", type=int, default=400, help="steps with one side clean")

@@ -201,10 +201,11 @@ class VAE(nn.Module):
         return self.decoder(self.post_quant_conv(z)).float()
 
     @torch.no_grad()
-    def encode(self, frames, sample=False, generator=None, chunk=32):
+    def encode(self, frames, sample=False, generator=None, chunk=None):
         """Frames (B, T, 3, 8H, 8W) in [-1, 1] -> latents (B, T, C, H, W), about zero mean and unit variance.
 
-        The mean of the Gaussian; with `sample` a draw from it. `chunk` frames at a time bound the memory."""
+        The mean of the Gaussian; with `sample` a draw from it. `chunk` frames at a time bound the memory: by
+        default as many as hold 2^16 pixels, on a GPU 2^20."""
         if frames.dim() != 5 or frames.shape[2] != 3 or any(n % self.config.factor for n in frames.shape[3:]):
             raise ValueError(f"encode needs frames (B, T, 3, H, W), H and W multiples of {self.config.factor}; "
                              f"got {tuple(frames.shape)}")
@@ -217,16 +218,17 @@ class VAE(nn.Module):
                 mean = mean + torch.exp(log_variance / 2) * noise
             return (mean - shift) * scale
 
-        return _in_chunks(one, frames, chunk)
+        return _in_chunks(one, frames, chunk, frames.shape[3] * frames.shape[4])
 
     @torch.no_grad()
-    def decode(self, latents, chunk=16):
-        """Latents (B, T, C, H, W) as `encode` gives them -> frames (B, T, 3, 8H, 8W) in [-1, 1]."""
+    def decode(self, latents, chunk=None):
+        """Latents (B, T, C, H, W) as `encode` gives them -> frames (B, T, 3, 8H, 8W) in [-1, 1]; `chunk` as there."""
         if latents.dim() != 5 or latents.shape[2] != self.config.latent_channels:
             raise ValueError(f"decode needs latents (B, T, {self.config.latent_channels}, H, W); "
                              f"got {tuple(latents.shape)}")
         scale, shift = self._scale_and_shift(latents.device)
-        return _in_chunks(lambda z: self.reconstruct(z / scale + shift).clamp(-1, 1), latents, chunk)
+        pixels = latents.shape[3] * latents.shape[4] * self.config.factor**2
+        return _in_chunks(lambda z: self.reconstruct(z / scale + shift).clamp(-1, 1), latents, chunk, pixels)
 
     def _scale_and_shift(self, device):
         """The config's two, shaped (1 or C, 1, 1)."""
@@ -243,12 +245,18 @@ def to_uint8(frames):
     return ((frames.clamp(-1, 1) + 1) * 127.5).round().byte().movedim(-3, -1).cpu().numpy()
 
 
-def _in_chunks(function, x, chunk):
-    """function over x (B, T, ...) seen as one long row of frames, `chunk` at a time, in the fast arithmetic."""
-    rows = x.flatten(0, 1)  # (B, T, C, H, W) -> (B*T, C, H, W)
+def _in_chunks(function, x, chunk, pixels):
+    """function over x (B, T, ...) seen as one long row of frames of so many pixels, `chunk` at a time, in the fast
+    arithmetic. Into one result: pieces and their concatenation would take twice its memory."""
+    chunk = chunk or max(1, 2 ** (16 if x.device.type == "cpu" else 20) // pixels)
+    rows, out, start = x.flatten(0, 1), None, 0  # (B, T, C, H, W) -> (B*T, C, H, W)
     with fast_autocast(x.device):
-        done = [function(part.contiguous(memory_format=torch.channels_last)) for part in rows.split(chunk)]
-    return torch.cat(done).contiguous().unflatten(0, x.shape[:2])
+        for part in rows.split(chunk):
+            done = function(part.contiguous(memory_format=torch.channels_last))
+            out = done.new_empty(len(rows), *done.shape[1:]) if out is None else out
+            out[start : start + len(done)] = done
+            start += len(done)
+    return out.unflatten(0, x.shape[:2])
 
 
 @torch.no_grad()

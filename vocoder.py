@@ -28,6 +28,7 @@ from cmmd import first_few, fit_tensors, number, read_tensors
 
 FLOOR = 1e-5  # magnitudes below it count as silence: log10 -> -5
 SLOPE = 0.2  # of every leaky ReLU
+CHUNK = 256  # mel frames computed at a time
 
 
 @dataclass(frozen=True)
@@ -107,8 +108,11 @@ def log_mel(wave, config):
         raise ValueError(f"log_mel: {wave.shape[1]} samples are too few, at least {least} are needed")
     with torch.autocast(wave.device.type, enabled=False):
         padded = F.pad(wave.float(), (total // 2, total - total // 2), mode="reflect")
-        magnitude = _spectrum(padded, config).abs()  # (B, F, L)
-        return (mel_filters(config).to(wave.device) @ magnitude).clamp(min=FLOOR).log10()
+        filters, hop, mels = mel_filters(config).to(wave.device), config.hop, []
+        for start in range(0, wave.shape[1] // hop, CHUNK):  # spectra take far more memory than mels
+            piece = padded[:, start * hop : (start + CHUNK - 1) * hop + config.n_fft]
+            mels.append((filters @ _spectrum(piece, config).abs()).clamp(min=FLOOR).log10())
+        return torch.cat(mels, dim=2)
 
 
 # -------------------------------------------------------------------------------------------------------- networks
@@ -196,11 +200,13 @@ class Vocoder(nn.Module):
                              f"got {tuple(mel.shape)}")
         x = self.first((mel - self.config.mel_mean) / self.config.mel_std)  # (B, C, L)
         for up, blocks in zip(self.ups, self.blocks):
-            x = blocks(up(_activate(x)))  # (B, C, S) -> (B, C/2, S*r)
+            x = up(_activate(x))  # (B, C, S) -> (B, C/2, S*r)
+            for block in blocks:  # one by one: nothing but x stays in memory
+                x = block(x)
         return torch.tanh(self.last(_activate(x, 3)).float())[:, 0]  # (B, 1, S) -> (B, S)
 
     @torch.no_grad()
-    def decode(self, mel, chunk=256):
+    def decode(self, mel, chunk=CHUNK):
         """`forward` without gradients for any L >= 1, `chunk` frames at a time, so that memory does not grow with L.
 
         Each chunk sees `context` frames more to either side, so the result is `forward`'s up to rounding. A mel shorter
@@ -404,7 +410,7 @@ def load(path, **mel_settings):
         raise ValueError(f"{path}: {error}") from None
     with torch.device("meta"):  # no random weights
         vocoder = Vocoder(config)
-    return fit_tensors(path, tensors, _published_names(config), vocoder, "MelGAN generator", KNOWN_FILES)
+    return fit_tensors(path, tensors, published_names(config), vocoder, "MelGAN generator", KNOWN_FILES)
 
 
 def _sizes(tensors, mel_settings):
@@ -424,7 +430,7 @@ def _sizes(tensors, mel_settings):
                          residual_blocks=places[-1] - 3 - places[-2], **mel)
 
 
-def _published_names(config):
+def published_names(config):
     """Tensor names of a folded melgan-neurips generator, whose layers are numbered through -> ours."""
     ours, index = {"first": "model.1"}, 2  # 0 is a padding
     for i in range(len(config.ratios)):
