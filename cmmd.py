@@ -367,7 +367,7 @@ def zeroed(module):
 
 
 class ResidualBlock(nn.Module):
-    """norm-SiLU-conv, scale and shift by time, norm-SiLU-conv. 
+    """norm-SiLU-conv, scale and shift by time, norm-SiLU-conv.
 
     Frames (B*T, C, H, W) if dims is 2, sound (B, C, L) if 1."""
 
@@ -654,8 +654,8 @@ def joint_loss(model, video, audio, t_video, t_audio, noise_video, noise_audio):
 
 
 class ContrastiveLoss(NamedTuple):
-    """`total` to descend, and its parts: Eq. 2 of the true pairs (B, 2); of pairs with a wrong sound and of pairs with a
-    wrong picture (n, 2) each, video then audio."""
+    """`total` to descend, and its parts: Eq. 2 of the true pairs (B, 2), of pairs with a wrong sound (n, 2) and of pairs
+    with a wrong picture (n, 2), video then audio."""
 
     total: torch.Tensor
     positive: torch.Tensor
@@ -859,8 +859,8 @@ class Windows:
     """Overlapping windows over a canvas of T video frames and the mel frames that go with them.
 
     Windows are as long as those of the training, 18 frames with 112 mel frames, and start on whole mel frames; the
-    canvas is lengthened by a few frames if need be. Predictions are joined with triangular weights. Memory is bounded by the batch of windows, and the
-    result does not depend on it."""
+    canvas is lengthened by a few frames if need be. Predictions are joined with triangular weights. Memory is bounded
+    by the batch of windows, and the result does not depend on it."""
 
     def __init__(self, T, config, stride, batch):
         per_frame = config.sample_rate / (config.fps * config.hop)  # mel frames a video frame

@@ -402,8 +402,8 @@ def _reason(text):
 
 
 class EncodedClip(NamedTuple):
-    """T frames of latents (T, C, H, W) at `fps` and the wave (S,) they go with, int16 at `sample_rate`; both tensors, or
-    slices of a file of the cache, which are read only where they are cut."""
+    """T frames of latents (T, C, H, W) at `fps` and the wave (S,) they go with, in 1/32767, at `sample_rate`: tensors,
+    or slices of a file that are read only where they are cut."""
 
     latents: torch.Tensor
     wave: torch.Tensor

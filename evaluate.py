@@ -596,7 +596,8 @@ def levels_loss(model, latents, mel, t, seed=0, batch=16):
     out = []
     for video, audio in zip(latents.split(batch), mel.split(batch)):
         level = torch.full((len(video),), t).to(video)
-        out.append(joint_loss(model, video, audio, level, level, *(n.expand_as(x) for n, x in zip(noise, (video, audio)))))
+        same = [n.expand_as(x) for n, x in zip(noise, (video, audio))]
+        out.append(joint_loss(model, video, audio, level, level, *same))
     return torch.cat(out)
 
 
@@ -618,8 +619,8 @@ def pairs_table(result):
     names = [f"{side}_{name}" for side in ("video", "audio") for name in ("right", "shifted", "swapped")]
     lines = [f"| t | {' | '.join(name.replace('_', ', ') for name in names)} |", "|---" * 7 + "|"]
     lines += [f"| {row['t']} | {' | '.join(f'{row[name]:.3f}' for name in names)} |" for row in result["rows"]]
-    return "\n".join(lines + ["", f"Mean squared velocity errors, n = {result['n']}. The right one of {CANDIDATES} sounds "
-                              f"has the lowest loss: {result['retrieval']:.3f}, by the video's alone "
+    return "\n".join(lines + ["", f"Mean squared velocity errors, n = {result['n']}. The right one of {CANDIDATES} "
+                              f"sounds has the lowest loss: {result['retrieval']:.3f}, by the video's alone "
                               f"{result['retrieval_by_video']:.3f} (n = {result['retrieval_n']}, chance "
                               f"{1 / CANDIDATES:.3f}); weights {result['weights']}; {result['machine']}."])
 
@@ -1114,8 +1115,8 @@ def folders_table(result):
 # ---------------------------------------------------------------- figures
 
 def figure(args):
-    """The command `figure`: the paper's Fig. 2 of a clip, or Fig. 4 of results of `folders`."""
-    draw({"2": draw_events, "4": draw_fad}[args.number], args.files, args.picture)
+    """The command `figure`: the paper's Fig. 2 of a clip, Fig. 4 of results of `folders`, or how Eq. 6 trained."""
+    draw({"2": draw_events, "4": draw_fad, "eq6": draw_training}[args.number], args.files, args.picture)
 
 
 def draw(function, content, path):
@@ -1163,6 +1164,21 @@ def draw_fad(drawing, files):
     axis.boxplot(boxes, tick_labels=names, whis=1.5, flierprops={"marker": "+", "markeredgecolor": "red"})
     axis.plot(range(1, len(sets) + 1), sets, "kx", ms=9)
     axis.set_ylabel("Fréchet audio distance: boxes per sample, × per set")
+
+
+def draw_training(drawing, files):
+    """Losses (video + audio) of right pairs, of those with a wrong sound, with a wrong picture, as trainings went on."""
+    for axis, path in zip(drawing.subplots(1, len(files), squeeze=False, sharey=True)[0], files):
+        with open(path, newline="") as file:
+            rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+        if not rows or "wrong_audio" not in rows[0]:
+            raise ValueError(f"{path}: no log of a contrastive training; give cmmd-log.csv of train.py cmmd --eta ...")
+        steps, curve = [row["step"] for row in rows], lambda *keys: [sum(row[key] for key in keys) for row in rows]
+        axis.plot(steps, curve("video", "audio"), "k", label="right pairs")
+        axis.plot(steps, curve("wrong_audio"), "r", label="wrong sound")
+        axis.plot(steps, curve("wrong_video"), "b", label="wrong picture")
+        axis.set(yscale="log", xlabel="step", ylabel="loss of Eq. 2", title=Path(path).parent.name)
+        axis.legend()
 
 
 # ---------------------------------------------------------------- the user study
@@ -1574,10 +1590,10 @@ def arguments():
         command.add_argument("--device")
         command.add_argument("--out", help="also write everything to this .json, or the rows to this .csv")
     folders_arguments(commands.add_parser("folders", help="clips against the true ones; the word may be left out"))
-    four = commands.add_parser("figure", help="the paper's Fig. 2 (of clips) or 4 (of what folders wrote)")
-    four.add_argument("number", choices=["2", "4"])
+    four = commands.add_parser("figure", help="the paper's Fig. 2 (of clips), 4 (of what folders wrote), Eq. 6 in training")
+    four.add_argument("number", choices=["2", "4", "eq6"])
     four.add_argument("picture", help=".png, .pdf or .svg to write")
-    four.add_argument("files", nargs="+", help="2: TRUE GENERATED ...; 4: the .json files that folders wrote")
+    four.add_argument("files", nargs="+", help="2: TRUE GENERATED ...; 4: .json files; eq6: cmmd-log.csv files")
     steps = commands.add_parser("study", help="a rating page for listeners, and what they said").add_subparsers(
         dest="step", required=True)
     make = steps.add_parser("make", help="write the page, and PAGE.key.csv that tells which clip is whose")
@@ -1630,8 +1646,8 @@ def ports_arguments(commands):
         command.add_argument("--out", help="also write everything to this .json, or the rows to this .csv")
 
 
-COMMANDS = {"worlds": worlds, "pictures": pictures, "pairs": pairs, "speed": speed, "folders": folders, "figure": figure,
-            "vocoder": vocoder, "ports": ports,
+COMMANDS = {"worlds": worlds, "pictures": pictures, "pairs": pairs, "speed": speed, "folders": folders,
+            "figure": figure, "vocoder": vocoder, "ports": ports,
             "study": lambda args: (study_make if args.step == "make" else study_read)(args)}
 
 

@@ -385,7 +385,7 @@ class PairBatches:
         return out
 
     def move(self, rng, k, clip):
-        """Seconds, within `shift`, by which the window at frame k may be cut earlier or later, where the clip goes on."""
+        """Seconds, within `shift`, by which the window at frame k is cut earlier or later, where the clip goes on."""
         (low, high), room = self.shift, (k / clip.fps, (clip.T - self.config.frames - k) / clip.fps)
         sides = [sign * min(high, space) for sign, space in zip((-1, 1), room) if space > low - 1e-6]
         side = sides[rng.integers(len(sides))]
@@ -565,14 +565,16 @@ def arguments(argv):
         if name == "cmmd":
             task.add_argument("--vae", required=True, help="weights of the autoencoder")
             task.add_argument("--first-lesson", type=int, default=400, help="steps with one side clean")
-            task.add_argument("--clips", type=number(0, 10**7, int), default=0, help="draw so many once and cut them; 0: always fresh")
+            task.add_argument("--clips", type=number(0, 10**7, int), default=0,
+                              help="draw so many once and cut windows from them; 0: always fresh")
             task.add_argument("--cache", help="folder of those clips (default: OUT/cache)")
-            task.add_argument("--eta", type=number(0), default=0.0, help="weight of the contrastive terms of Eq. 6; 0: none")
-            task.add_argument("--margin", type=number(0), help="bound them: a negative worse by this much is left alone")
+            task.add_argument("--eta", type=number(0), default=0.0, help="weight of Eq. 6's contrastive terms; 0: none")
+            task.add_argument("--margin", type=number(0), help="bound them: negatives worse by this are left alone")
             task.add_argument("--negatives", type=number(0, 1), default=0.25, help="share of the batch that has them")
             task.add_argument("--kinds", type=number(0), nargs=3, default=(1, 1, 1), metavar="P", help="shares of the "
                               "negatives: shift, splice, swap")
-            task.add_argument("--shift", type=number(0, 60), nargs=2, default=(0.1, 0.4), metavar="S", help="s, from and to")
+            task.add_argument("--shift", type=number(0, 60), nargs=2, default=(0.1, 0.4), metavar="S",
+                              help="how far shifts go, from and to, in seconds")
             task.add_argument("--shares", type=number(0, 1), nargs=4, default=(0.2, 0.1, 0.5, 0.2), metavar="P",
                               help="then, shares of: one t, two, clean video, clean audio")
     return parser, parser.parse_args(argv)
