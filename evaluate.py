@@ -17,7 +17,7 @@ In reading order
     the user study         study_make: the rating page; study_read: MOS, Fig. 5, signed_rank, holm
     vocoder                how near to true sounds vocoders come, over folders of files, beside Griffin-Lim
     ports                  our VAE, vocoder and mel beside the originals: time and memory
-    command line           python evaluate.py worlds | pictures | pairs | speed | folders ... (--help)
+    command line           python evaluate.py worlds | pictures | compare | pairs | folders ... (--help)
 
 Letters: B batch, T video frames, C channels, H W latent height and width, M mel bins, L mel frames, S samples,
 N clips, K kinds of ball. Times are seconds. Every figure is printed beside its chance level, its ceiling and n.
@@ -522,6 +522,25 @@ def check_out(path):
     """Refuse, before any work, an --out that `write_result` could not write."""
     if path and Path(path).suffix not in (".json", ".csv"):
         raise ValueError(f"--out {path}: the name must end in .json or .csv")
+
+
+def compare(args):
+    """The command `compare`: the sounds of two results of `worlds` for the same clips, by a paired test over clips."""
+    (one, other), lines = [json.loads(Path(path).read_text()) for path in args.results], []
+    if any(one[key] != other[key] for key in ("seeds", "seconds")):
+        raise ValueError(f"{args.results[1]}: has other clips than {args.results[0]}; make both with the same seeds")
+    true = [bounce(seed, one["seconds"], size=0).times for seed in range(one["seeds"][0], one["seeds"][1] + 1)]
+    found = [{row["sound"]: [np.array(times) for times in row["onsets"]] for row in x["rows"]} for x in (one, other)]
+    for name in [name for name in found[0] if name in found[1] and not name.startswith("true")]:
+        for tolerance in TOLERANCES:
+            counts = np.stack([event_counts(x[name], true, tolerance) for x in found], axis=1)  # (N, 2, counts)
+            gain = lambda pooled: scores(pooled[..., 0, :]).f1 - scores(pooled[..., 1, :]).f1
+            low, high = bootstrap(counts, gain)
+            single = np.nan_to_num(scores(counts[:, 0]).f1) - np.nan_to_num(scores(counts[:, 1]).f1)
+            _, p, n, zeros = signed_rank(single)
+            lines.append(f"{name}, F1 ±{tolerance * 1000:.0f} ms: {gain(counts.sum(0)):+.3f} [{low:+.3f}, {high:+.3f}], "
+                         f"Wilcoxon p = {p:.2g} (n = {n}, {zeros} clips alike)")
+    print("\n".join(lines) or "nothing to compare: no sound of a name in both")
 
 
 def check_seeds(args):
@@ -1167,7 +1186,7 @@ def draw_fad(drawing, files):
 
 
 def draw_training(drawing, files):
-    """Losses (video + audio) of right pairs, of those with a wrong sound, with a wrong picture, as trainings went on."""
+    """Losses (video + audio) of right pairs, with a wrong sound, with a wrong picture, as trainings went on."""
     for axis, path in zip(drawing.subplots(1, len(files), squeeze=False, sharey=True)[0], files):
         with open(path, newline="") as file:
             rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
@@ -1568,6 +1587,8 @@ def arguments():
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("worlds", help="held-out bounce clips through the whole chain, against the true impacts")
     three = commands.add_parser("pictures", help="how well impacts and beats are read off held-out clips' pictures")
+    six = commands.add_parser("compare", help="two results of worlds, paired over clips: the first less the second")
+    six.add_argument("results", nargs=2, metavar="RESULT.json")
     five = commands.add_parser("pairs", help="losses of true, shifted and swapped pairs by noise level; retrieval")
     for command in (one, three, five):
         command.add_argument("--n", type=int, default=200, help="clips (default: %(default)s)")
@@ -1590,7 +1611,7 @@ def arguments():
         command.add_argument("--device")
         command.add_argument("--out", help="also write everything to this .json, or the rows to this .csv")
     folders_arguments(commands.add_parser("folders", help="clips against the true ones; the word may be left out"))
-    four = commands.add_parser("figure", help="the paper's Fig. 2 (of clips), 4 (of what folders wrote), Eq. 6 in training")
+    four = commands.add_parser("figure", help="the paper's Fig. 2 (of clips), Fig. 4 (of folders), Eq. 6 in training")
     four.add_argument("number", choices=["2", "4", "eq6"])
     four.add_argument("picture", help=".png, .pdf or .svg to write")
     four.add_argument("files", nargs="+", help="2: TRUE GENERATED ...; 4: .json files; eq6: cmmd-log.csv files")
@@ -1646,8 +1667,8 @@ def ports_arguments(commands):
         command.add_argument("--out", help="also write everything to this .json, or the rows to this .csv")
 
 
-COMMANDS = {"worlds": worlds, "pictures": pictures, "pairs": pairs, "speed": speed, "folders": folders,
-            "figure": figure, "vocoder": vocoder, "ports": ports,
+COMMANDS = {"worlds": worlds, "pictures": pictures, "compare": compare, "pairs": pairs, "speed": speed,
+            "folders": folders, "figure": figure, "vocoder": vocoder, "ports": ports,
             "study": lambda args: (study_make if args.step == "make" else study_read)(args)}
 
 

@@ -3101,6 +3101,22 @@ def test_evaluate_fad_of_kitchen_sounds_grows_with_their_damage():
     assert 3.5 < half < 6.5 and 15 < noisy < 30 and 45 < white < 80  # measured: 4.7, 23, 67
 
 
+def test_evaluate_compare_pairs_clips(tmp_path, capsys):
+    """Perfect sounds against sounds 70 ms late: all of F1 at 50 ms, nothing at 100; other seeds are refused."""
+    times = [bounce(seed, size=0).times for seed in range(20)]
+    for name, late in (("right", 0.0), ("late", 0.07)):
+        rows = [{"sound": "clean", "onsets": [(t + late).tolist() for t in times]}]
+        content = {"seeds": [0, 19], "seconds": 1.8, "rows": rows}
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    (tmp_path / "other.json").write_text(json.dumps(content | {"seeds": [1, 20]}))
+    assert not evaluate.main(["compare", str(tmp_path / "right.json"), str(tmp_path / "late.json")])
+    at_50, at_100 = capsys.readouterr().out.splitlines()
+    assert "clean, F1 ±50 ms: +1.000 [+1.000, +1.000]" in at_50 and "(n = 20, 0 clips alike)" in at_50
+    assert "+0.000 [+0.000, +0.000]" in at_100 and "20 clips alike" in at_100
+    assert evaluate.main(["compare", str(tmp_path / "right.json"), str(tmp_path / "other.json")]) == 2
+    assert "same seeds" in capsys.readouterr().err
+
+
 def test_evaluate_pairs_command(tmp_path, weights, capsys):
     """The table of an untrained model, which finds no sound."""
     words = ["pairs", "--weights", str(weights), "--n", "16", "--out", str(tmp_path / "pairs.json")]
