@@ -654,8 +654,8 @@ def joint_loss(model, video, audio, t_video, t_audio, noise_video, noise_audio):
 
 
 class ContrastiveLoss(NamedTuple):
-    """`total` to descend, and its parts: Eq. 2 of the true pairs (B, 2), of pairs with a wrong sound (n, 2) and of pairs
-    with a wrong picture (n, 2), video then audio."""
+    """`total` to descend, and its parts, video then audio: Eq. 2 of the true pairs (B, 2), of pairs with a wrong sound
+    (n, 2) and of pairs with a wrong picture (n, 2)."""
 
     total: torch.Tensor
     positive: torch.Tensor

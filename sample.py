@@ -109,7 +109,9 @@ def sample(video=None, audio=None, *, seconds=None, fps=None, sample_rate=None, 
         drawn = (to_uint8(models.vae.decode(part)[0]) for part in made.split(CHUNK, 1))  # (1, n, C, H, W) -> (n, ...)
         frames = _on_disk(drawn, config.size, lambda done: tell("drawing", done, T))
     if wave is None:
-        wave = models.vocoder.decode(model.denormalise(mel))[0]
+        del made, latents  # 20 kB for each second of a video, no longer needed
+        mel = model.denormalise(mel)
+        wave = models.vocoder.decode(mel)[0]
         wave = wave[: max(1, round(seconds * config.sample_rate))].cpu().numpy()
     source = Path(video) if isinstance(video, (str, os.PathLike)) else None
     return Clip(frames, wave, config.fps, config.sample_rate, source)
@@ -183,15 +185,18 @@ def _video_input(video, fps, seconds, models, tell):
         whole = min(chunks.seconds or 0.0, seconds or math.inf)
     else:
         chunks, whole = _array_chunks(video, fps, seconds, config)
-    latents = []
+    latents = bytearray()  # one block that grows: many small ones would keep the memory between them from going back
 
     def encode(part):
-        latents.append(models.vae.encode(to_frames(part.copy())[None].to(device)).cpu())  # (1, n, C, H, W)
+        made = models.vae.encode(to_frames(part.copy())[None].to(device))  # (1, n, C, H, W)
+        latents.extend(made.cpu().numpy().tobytes())
         return part
 
     frames = _on_disk(map(encode, chunks), config.size,
                       lambda done: tell("reading", done, max(done, round(whole * config.fps))))
-    return frames, torch.cat(latents, 1).to(device), getattr(chunks, "seconds", whole)
+    side = config.size // models.vae.config.factor
+    latents = torch.frombuffer(latents, dtype=torch.float32).reshape(1, len(frames), -1, side, side)
+    return frames, latents.to(device), getattr(chunks, "seconds", whole)
 
 
 def _on_disk(chunks, size, tell):
