@@ -623,11 +623,11 @@ class CMMD(nn.Module):
 def draw_times(B, first_lesson=False, shares=(0.4, 0.2, 0.2, 0.2)):
     """Noise levels for a batch -> t_video, t_audio (B,). Ours; the paper has one t for both.
 
-    The first lesson of a training: one side clean (the video in three of four samples), the other at t = 1 or, in half
-    of them, at t >= 0.7. Then the mixture, in these shares: one t, two, clean video, clean audio; times are drawn
-    towards high noise as 1 - u^2; of the clean samples a quarter have the other side at t = 1, the rest anywhere."""
+    The mixture, in these shares: one t, two, clean video, clean audio; times are drawn towards high noise as 1 - u^2;
+    of the clean samples a quarter have the other side at t = 1, the rest anywhere. The first lesson of a training: one
+    side clean, in the last two shares' proportion, the other at t = 1 or, in half of them, at t >= 0.7."""
     if first_lesson:
-        side = torch.rand(B) < 0.75
+        side = torch.rand(B) * (shares[2] + shares[3]) < shares[2]
         t = (0.7 + 0.6 * torch.rand(B)).clamp(max=1.0)
         return torch.where(side, 0.0, t), torch.where(side, t, 0.0)
     kind = torch.bucketize(torch.rand(B), torch.tensor(shares).cumsum(0)[:-1], right=True)
@@ -641,15 +641,26 @@ def draw_times(B, first_lesson=False, shares=(0.4, 0.2, 0.2, 0.2)):
     return t_video, t_audio
 
 
-def joint_loss(model, video, audio, t_video, t_audio, noise_video, noise_audio):
+def motion_weights(video, share):
+    """Latents (B, T, C, H, W) -> weights of the video's errors (B, T, 1, H, W), mean 1 (ours): a `share` of the weight
+    lies where a frame differs from the clip's mean. Most of a picture stands still, and no sound tells what it is."""
+    moved = (video - video.mean(dim=1, keepdim=True)).square().mean(dim=2, keepdim=True)
+    return 1 - share + share * moved / moved.mean(dim=(1, 3, 4), keepdim=True).clamp(min=1e-6)
+
+
+def joint_loss(model, video, audio, t_video, t_audio, noise_video, noise_audio, motion=0.0):
     """Eq. 2: the mean squared velocity error of each sample and modality -> (B, 2), video then audio.
 
-    video (B, T, C, H, W), audio (B, M, L) clean; times (B,). The loss of a clean side (t = 0) is 0."""
+    video (B, T, C, H, W), audio (B, M, L) clean; times (B,). The loss of a clean side (t = 0) is 0. motion: the share
+    of `motion_weights`; 0 is Eq. 2."""
     noisy = [diffuse(x, n, t) for x, n, t in ((video, noise_video, t_video), (audio, noise_audio, t_audio))]
     with fast_autocast(video.device):
         predicted = model(*noisy, t_video, t_audio)
     targets = velocity(video, noise_video, t_video), velocity(audio, noise_audio, t_audio)
-    errors = [(p - v).square().flatten(1).mean(dim=1) for p, v in zip(predicted, targets)]
+    errors = [(p - v).square() for p, v in zip(predicted, targets)]
+    if motion:
+        errors[0] = errors[0] * motion_weights(video, motion)
+    errors = [error.flatten(1).mean(dim=1) for error in errors]
     return torch.stack([errors[0] * (t_video > 0), errors[1] * (t_audio > 0)], dim=1)
 
 
@@ -663,7 +674,7 @@ class ContrastiveLoss(NamedTuple):
     wrong_video: torch.Tensor
 
 
-def contrastive_loss(model, pair, times, noise, negatives, eta, margin=None):
+def contrastive_loss(model, pair, times, noise, negatives, eta, margin=None, motion=0.0):
     """Eq. 6: the true pairs' joint loss less eta times that of pairs with a wrong sound, less eta times that of pairs
     with a wrong picture -> ContrastiveLoss. All in one batched pass.
 
@@ -671,12 +682,13 @@ def contrastive_loss(model, pair, times, noise, negatives, eta, margin=None):
     (n, ...), for the first n samples of the batch: the paper's "sub-sample". A negative has its positive's times and
     noise, its velocity is that of the negative itself, and a clean side has no loss there either (ours; the paper is
     silent). Eq. 6 falls without bound as negatives get worse. With `margin` (ours) each term is bounded instead:
-    eta * max(0, margin + its positive's loss - its own), so a negative that is worse by the margin is left alone."""
+    eta * max(0, margin + its positive's loss - its own), so a negative that is worse by the margin is left alone.
+    motion: see `joint_loss`."""
     n = len(negatives[0])
     video = torch.cat([pair[0], pair[0][:n], negatives[0]])
     audio = torch.cat([pair[1], negatives[1], pair[1][:n]])
     more = [torch.cat([x, x[:n], x[:n]]) for x in (*times, *noise)]
-    loss = joint_loss(model, video, audio, *more)
+    loss = joint_loss(model, video, audio, *more, motion)
     positive, wrong_audio, wrong_video = loss.split([len(pair[0]), n, n])
     total = positive.sum(dim=1).mean()
     for wrong in (wrong_audio, wrong_video) if n else ():

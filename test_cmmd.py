@@ -348,12 +348,29 @@ def test_cmmd_draw_times_shares():
 
 def test_cmmd_draw_times_of_the_first_lesson():
     torch.manual_seed(0)
-    t_video, t_audio = draw_times(4000, first_lesson=True)
+    t_video, t_audio = draw_times(4000, first_lesson=True, shares=(0.2, 0.2, 0.45, 0.15))
     clean_video = t_video == 0
     assert ((t_video == 0) ^ (t_audio == 0)).all()
     assert clean_video.float().mean().item() == pytest.approx(0.75, abs=0.04)
     noisy = torch.where(clean_video, t_audio, t_video)
     assert noisy.min() >= 0.7 and (noisy == 1).float().mean().item() == pytest.approx(0.5, abs=0.04)
+
+
+def test_cmmd_motion_weights_lie_where_it_moves(full_precision):
+    """Mean 1; a still latent has 1 - share, and the loss is the weighted plain formula."""
+    video = noise(2, 1, 3, 4, 4).expand(2, 6, 3, 4, 4).clone()
+    video[:, :, :, 1, 2] = noise(2, 6, 3)
+    w = cmmd.motion_weights(video, 0.75)
+    assert w.shape == (2, 6, 1, 4, 4) and abs(w.mean() - 1) < 1e-6
+    assert w[:, :, 0, 1, 2].mean() == pytest.approx(0.25 + 0.75 * 16)
+    assert w[:, :, 0, 0].sub(0.25).abs().max() < 1e-6
+    model, audio, t = Oracle(noise(2, 6, 3, 4, 4, seed=1), noise(2, 80, 37, seed=2)), noise(2, 80, 37), torch.ones(2)
+    losses = [cmmd.joint_loss(model, video, audio, t, t, torch.zeros_like(video), torch.zeros_like(audio), motion=m)
+              for m in (0.0, 0.75)]
+    error = (model(video * 0, audio * 0, t, t)[0] + video).square()  # the velocity at t = 1 is -x
+    torch.testing.assert_close(losses[0][:, 0], error.flatten(1).mean(1))
+    torch.testing.assert_close(losses[1][:, 0], (error * w).flatten(1).mean(1))
+    assert torch.equal(losses[0][:, 1], losses[1][:, 1])
 
 
 def test_cmmd_contrastive_loss_is_eq_6(full_precision):
@@ -2190,8 +2207,8 @@ def few_clips(monkeypatch):
     """Trainings draw many clips of the world: let 8 do."""
     drawn = cache(bounce)
     few = lambda seed, *rest, **settings: drawn(seed % 8, *rest, **settings)
-    monkeypatch.setattr(train, "bounce", few)
     monkeypatch.setitem(train.WORLDS, "bounce", few)
+    monkeypatch.setattr(train.HeldOut, "clips", 2)
 
 
 def same_tensors(a, b):
@@ -2204,7 +2221,8 @@ TRAININGS = {
     "vocoder": ["--config", '{"base": 2, "residual_blocks": 1}', "--seconds", "0.512", "--adversarial-from", "3"],
     "cmmd": ["--config", json.dumps(TINY), "--first-lesson", "2"],
     "cmmd, Eq. 6": ["--config", json.dumps(TINY), "--eta", "0.1", "--margin", "0.3", "--negatives", "0.5"],
-    "cmmd, cached": ["--config", json.dumps(TINY), "--eta", "0.01", "--negatives", "0.5", "--clips", "5"],
+    "cmmd, cached": ["--config", json.dumps(TINY), "--eta", "0.01", "--negatives", "0.5", "--clips", "5",
+                     "--data", "bounce", "dance"],
 }
 
 
@@ -2255,7 +2273,8 @@ def test_train_command_line_refuses_in_one_line(tmp_path, monkeypatch, capsys, w
 
 def pair_batches(files=(), **changes):
     config = CMMDConfig(**TINY | dict(latent_channels=1, size=16, mel_mean=0.0, mel_std=1.0))
-    settings = dict(batch=8, seed=3, config=config, front=train.SMALL_VOCODER, vae_path="", clips=files, negatives=5)
+    settings = dict(batch=8, seed=3, config=config, front=train.SMALL_VOCODER, vae_path="", sources=(files,),
+                    negatives=5)
     return train.PairBatches(**settings | changes)
 
 
@@ -2286,7 +2305,7 @@ def test_train_windows_and_their_shifts_are_cut_from_the_clip(tmp_path):
             wave = clip.sound(k / 10, 1.8)[None]
             torch.testing.assert_close(made[None], log_mel(wave, train.SMALL_VOCODER))
     assert set(moves) == {-4, -3, -2, -1, 1, 2, 3, 4} and set(sounds) == {-1, 1}
-    assert all(torch.equal(a, b) for a, b in zip(batches[7], pair_batches(batches.clips)[7]))
+    assert all(torch.equal(a, b) for a, b in zip(batches[7], pair_batches(batches.sources[0])[7]))
 
 
 def test_train_shift_goes_where_the_clip_goes_on(tmp_path):

@@ -29,10 +29,10 @@ from cmmd import (
     joint_loss, load, number, save, vae, vocoder,
 )
 from cmmd.data import (
-    TRAINING_SEED, WORLDS, EncodedClip, FileCache, bounce, cache_frames, cache_sounds, open_encoded, write_encoded,
+    TRAINING_SEED, WORLDS, EncodedClip, FileCache, cache_frames, cache_sounds, open_encoded, write_encoded,
 )
-from cmmd.evaluate import psnr, sound_scores
-from cmmd.vae import VAE, VAEConfig, quick_start, to_frames, vae_loss
+from cmmd.evaluate import event_counts, picture_events, psnr, scores, sound_scores
+from cmmd.vae import VAE, VAEConfig, quick_start, to_frames, to_uint8, vae_loss
 from cmmd.vocoder import (
     Discriminator, DiscriminatorConfig, Vocoder, VocoderConfig, add_weight_norm, discriminator_loss, generator_loss,
     log_mel, loud_stft_loss, mel_loss,
@@ -353,14 +353,15 @@ class PairBatches:
     """Windows of clips: [step] -> [latents (batch, T, C, H, W), mel (batch, M, L)] and, of the first `negatives`, the
     picture and the sound cut `shift` (from, to; s) earlier or later. 18 frames go with the first 112 mel frames (P).
 
-    clips: files of a latent cache; without them clips of the worlds are drawn fresh and encoded with `vae_path`."""
+    sources take turns: each is the files of a latent cache or the name of a world, whose clips are then drawn fresh and
+    encoded with `vae_path`."""
 
     batch: int
     seed: int
     config: CMMDConfig
     front: VocoderConfig
     vae_path: str
-    clips: tuple = ()
+    sources: tuple = ("bounce",)
     negatives: int = 0
     shift: tuple = (0.1, 0.4)
 
@@ -369,10 +370,8 @@ class PairBatches:
 
     def __getitem__(self, step):
         c, rng = self.config, np.random.default_rng([self.seed, step])
-        chosen = rng.integers(0, max(1, len(self.clips)), self.batch)
-        clips = [open_encoded(self.clips[i]) for i in chosen] if self.clips else self.draw(step)
         seconds, windows = c.frames / c.fps, []
-        for i, clip in enumerate(clips):
+        for i, clip in enumerate(self.draw(step, rng)):
             k = int(rng.integers(0, clip.T - c.frames + 1))
             moves = [0.0, 0.0] + ([self.move(rng, k, clip) for _ in range(2)] if i < self.negatives else [])
             pictures = [clip.picture(k + round(move * clip.fps), c.frames) for move in moves[::2]]
@@ -391,12 +390,23 @@ class PairBatches:
         side = sides[rng.integers(len(sides))]
         return math.copysign(rng.uniform(min(low, abs(side)), abs(side)), side)
 
-    def draw(self, step):
-        """This step's clips of the worlds, long enough to be shifted -> EncodedClips."""
-        self.vae, c = self.vae or vae.load(self.vae_path), self.config
-        seconds = c.frames / c.fps + (2 * self.shift[1] if self.negatives else 0)
-        seeds = [clip_seed(self.seed, step, i, self.batch) for i in range(self.batch)]
-        return encode_clips([bounce(s, seconds, c.fps, c.size, c.sample_rate) for s in seeds], self.vae)
+    def draw(self, step, rng):
+        """This step's clips, long enough to be shifted -> EncodedClips."""
+        c, out, fresh = self.config, [None] * self.batch, []
+        for i in range(self.batch):
+            source = self.sources[i % len(self.sources)]
+            if source in WORLDS:
+                fresh.append((i, WORLDS[source]))
+            else:
+                out[i] = open_encoded(source[rng.integers(len(source))])
+        if fresh:
+            self.vae = self.vae or vae.load(self.vae_path)
+            seconds = c.frames / c.fps + (2 * self.shift[1] if self.negatives else 0)
+            clips = [world(clip_seed(self.seed, step, i, self.batch), seconds, c.fps, c.size, c.sample_rate)
+                     for i, world in fresh]
+            for (i, _), clip in zip(fresh, encode_clips(clips, self.vae)):
+                out[i] = clip
+        return out
 
 
 def normalised_mel(waves, config, front):
@@ -415,70 +425,91 @@ def train_cmmd(args):
     """The joint model (Eq. 2): --first-lesson steps with one side clean, then the mixture (both ours); with --eta the
     joint contrastive loss (Eq. 6), with --margin its bounded form."""
     autoencoder, front = vae.load(args.vae), SMALL_VOCODER
-    model = initial(CMMD, lambda path: load(path, CMMD), default_config(autoencoder, front, args.seed), args)
+    model = initial(CMMD, lambda path: load(path, CMMD), default_config(autoencoder, front, args), args)
     config = model.config
     state = State({"cmmd": model}, "cmmd", args)
+    apart = len(args.data) if args.batch > len(args.data) else 1  # to the next clip of the same source, see PairBatches
 
     def update(state, batch):
-        pair, shifted = batch[:2], batch[2:] or [x[:0] for x in batch]
-        times = [t.to(pair[0].device) for t in draw_times(len(pair[0]), state.step < args.first_lesson, args.shares)]
+        pair, shifted, first = batch[:2], batch[2:] or [x[:0] for x in batch], state.step < args.first_lesson
+        times = [t.to(pair[0].device) for t in draw_times(len(pair[0]), first, args.shares)]
         noise = [torch.randn_like(x) for x in pair]
-        wrong = [draw_negatives(x[: len(y)], y, x.roll(1, 0)[: len(y)], dim, args.kinds)
+        wrong = [draw_negatives(x[: len(y)], y, x.roll(apart, 0)[: len(y)], dim, args.kinds)
                  for x, y, dim in zip(pair, shifted, (1, 2)) if len(y)] or shifted
-        loss = contrastive_loss(model, pair, times, noise, wrong, args.eta, args.margin)
+        loss = contrastive_loss(model, pair, times, noise, wrong, args.eta, args.margin, args.motion if first else 0.0)
         state.descend("cmmd", loss.total)
         parts = {"video": loss.positive[:, 0], "audio": loss.positive[:, 1], "wrong_audio": loss.wrong_audio.sum(dim=1),
                  "wrong_video": loss.wrong_video.sum(dim=1)}
         return {name: x.mean().detach() for name, x in parts.items() if len(x)}
 
-    clips = [bounce(VALIDATION_SEED + i, config.frames / config.fps, config.fps, config.size) for i in range(64)]
-    encoded = encode_clips(clips, autoencoder)
-    latents = torch.stack([clip.picture(0, config.frames) for clip in encoded]).to(args.device)
-    mel = normalised_mel(torch.stack([clip.sound(0, config.frames / config.fps) for clip in encoded]), config, front)
-    mel = mel.to(args.device)
-
-    def losses(model, latents, mel, times):
-        return joint_loss(model, latents, mel, *times, torch.randn_like(latents), torch.randn_like(mel))
-
-    def evaluate(ema):
-        """Onset F1 and pitch of sounds for held-out clips; each side's loss at t = 0.95, the other clean or wrong."""
-        made = generate(ema, latents, steps=8, seeds=range(len(latents)), window_batch=16)[1]
-        figures = sound_scores(ema.denormalise(made).cpu().numpy(), clips, front)
-        high, zero = torch.full((len(latents),), 0.95).to(mel), torch.zeros(len(latents)).to(mel)
-        for name, other in (("", (latents, mel)), ("_wrong", (latents.roll(1, 0), mel.roll(1, 0)))):
-            torch.manual_seed(0)
-            with torch.no_grad():
-                figures["video" + name] = float(losses(ema, latents, other[1], (high, zero))[:, 0].mean())
-                figures["audio" + name] = float(losses(ema, other[0], mel, (zero, high))[:, 1].mean())
-        return figures
-
+    unseen = [HeldOut(name, autoencoder, config, front, args.device) for name in args.data]
+    evaluate = lambda ema: {f"{name} {one.name}": x for one in unseen for name, x in one.figures(ema).items()}
     negatives = round(args.negatives * args.batch) if args.eta else 0
-    files = cached_clips(args, autoencoder, config) if args.clips else ()
-    batches = PairBatches(args.batch, args.seed, config, front, args.vae, files, negatives, tuple(args.shift))
+    sources = [cached_clips(args, name, autoencoder, config) if args.clips else name for name in args.data]
+    batches = PairBatches(args.batch, args.seed, config, front, args.vae, tuple(sources), negatives, tuple(args.shift))
     return run(state, batches, update, evaluate, args)
 
 
-def cached_clips(args, autoencoder, config):
-    """--clips clips of the world, encoded once into the cache of --out or found there -> their files."""
+class HeldOut:
+    """Validation clips of a world, encoded, and what a model makes of them."""
+
+    clips = 48
+
+    def __init__(self, name, autoencoder, config, front, device):
+        self.name, self.vae, self.front, seconds = name, autoencoder.to(device), front, config.frames / config.fps
+        self.clips = [WORLDS[name](VALIDATION_SEED + i, seconds, config.fps, config.size) for i in range(self.clips)]
+        encoded = encode_clips(self.clips, autoencoder)
+        self.latents = torch.stack([clip.picture(0, config.frames) for clip in encoded]).to(device)
+        self.mel = normalised_mel(torch.stack([clip.sound(0, seconds) for clip in encoded]), config, front).to(device)
+
+    def figures(self, model, steps=8):
+        """Onset F1 and pitch (of `bounce`) of sounds made for the pictures, F1 of events in pictures made for the sounds;
+        each side's loss at t = 0.95, the other clean, or clean and wrong."""
+        x, seeds = (self.latents, self.mel), range(len(self.mel))
+        sounds = generate(model, x[0], steps=steps, seeds=seeds, window_batch=16)[1]
+        out = sound_scores(model.denormalise(sounds).cpu().numpy(), self.clips, self.front)
+        made = generate(model, audio=x[1], frames=x[0].shape[1], steps=steps, seeds=seeds, window_batch=16)[0]
+        seen = [picture_events(frames, model.config.fps, self.name)[0] for frames in to_uint8(self.vae.decode(made))]
+        out["seen_100"] = float(scores(event_counts(seen, [clip.times for clip in self.clips], 0.1).sum(0)).f1)
+        high, zero = (torch.full((len(seeds),), t).to(self.mel) for t in (0.95, 0.0))
+        for name, other in (("", x), ("_wrong", [y.roll(1, 0) for y in x])):
+            torch.manual_seed(0)
+            noise = [torch.randn_like(y) for y in x]
+            with torch.no_grad():
+                out["video" + name] = float(joint_loss(model, x[0], other[1], high, zero, *noise)[:, 0].mean())
+                out["audio" + name] = float(joint_loss(model, other[0], x[1], zero, high, *noise)[:, 1].mean())
+        return out
+
+
+def cached_clips(args, name, autoencoder, config):
+    """--clips clips of the world `name`, encoded once into the cache or found there -> their files."""
     folder = Path(args.cache or Path(args.out) / "cache")
     folder.mkdir(parents=True, exist_ok=True)
     seconds = config.frames / config.fps + 2 * args.shift[1]
-    weights = b"".join(w.cpu().numpy().tobytes() for w in autoencoder.state_dict().values())
-    kind = f"{seconds:g}s-{hashlib.sha256(weights).hexdigest()[:8]}"  # what another cache would differ in
-    files = [folder / f"bounce-{TRAINING_SEED + i}-{kind}.safetensors" for i in range(args.clips)]
+    kind = f"{seconds:g}s-{fingerprint(autoencoder)}"  # what another cache would differ in
+    files = [folder / f"{name}-{TRAINING_SEED + i}-{kind}.safetensors" for i in range(args.clips)]
     for i in range(0, len(files), 16):
         if missing := [file for file in files[i : i + 16] if not file.exists()]:
             seeds = [int(file.stem.split("-")[1]) for file in missing]
-            clips = [bounce(seed, seconds, config.fps, config.size, config.sample_rate) for seed in seeds]
+            clips = [WORLDS[name](seed, seconds, config.fps, config.size, config.sample_rate) for seed in seeds]
             for file, clip, code in zip(missing, clips, encode_clips(clips, autoencoder)):
                 write_encoded(file, code.latents, clip.audio, clip.fps, clip.sample_rate)
-            print(f"encoded {i + len(missing)} of {len(files)} clips", flush=True)
+            if i % 512 == 0:
+                print(f"{name}: encoded {i + len(missing)} of {len(files)} clips", flush=True)
     return tuple(map(str, files))
 
 
-def default_config(autoencoder, front, seed):
+def fingerprint(autoencoder):
+    """Changes with what decides about latents: the encoder, scale and shift, not the decoder."""
+    weights = (w for part in (autoencoder.encoder, autoencoder.quant_conv) for w in part.state_dict().values())
+    sizes = repr((autoencoder.config.scale, autoencoder.config.shift)).encode()
+    return hashlib.sha256(b"".join(w.cpu().numpy().tobytes() for w in weights) + sizes).hexdigest()[:8]
+
+
+def default_config(autoencoder, front, args):
     """`demo` sizes for these latents and this front end, the mel's mean and deviation measured on 512 fresh sounds."""
-    sounds = [bounce(clip_seed(seed, 10**7, i, 1), size=0).audio for i in range(512)]
+    worlds = [WORLDS[name] for name in args.data]
+    sounds = [worlds[i % len(worlds)](clip_seed(args.seed, 10**7, i, 1), size=0).audio for i in range(512)]
     mel = log_mel(torch.from_numpy(np.stack(sounds)), front)
     same = {name: getattr(front, name) for name in ("sample_rate", "n_fft", "hop", "mel_bins", "f_min", "f_max")}
     return CMMDConfig(latent_channels=autoencoder.config.latent_channels, **same,
@@ -563,8 +594,11 @@ def arguments(argv):
             task.add_argument("--mel-weight", type=float, default=0.01, help="of the mel loss before that step")
             task.add_argument("--discriminator-channels", type=int, default=256, help="at most (MelGAN's: 1024)")
         if name == "cmmd":
+            task.add_argument("--data", nargs="+", default=["bounce"], choices=WORLDS, help="worlds, in equal shares")
             task.add_argument("--vae", required=True, help="weights of the autoencoder")
             task.add_argument("--first-lesson", type=int, default=400, help="steps with one side clean")
+            task.add_argument("--motion", type=number(0, 1), default=0.0, help="share of the video loss's weight that "
+                              "lies, in those steps, where the picture moves")
             task.add_argument("--clips", type=number(0, 10**7, int), default=0,
                               help="draw so many once and cut windows from them; 0: always fresh")
             task.add_argument("--cache", help="folder of those clips (default: OUT/cache)")
