@@ -239,6 +239,18 @@ def _scales(t, like):
     return torch.cos(angle), torch.sin(angle)
 
 
+def levels(t, shift):
+    """The paper's one t for both -> the video's and the audio's noise level. A number, or any shape.
+
+    shift (ours; 1 is the paper's): how many times as far as the sound the picture stands above its noise. A sound
+    whose onsets fill all bins is decided at t near 0.9, where a small thing in a picture of the same t is lost."""
+    if shift == 1:
+        return t, t
+    angle = torch.as_tensor(t, dtype=torch.float64) * (math.pi / 2)
+    video = torch.atan2(angle.sin(), shift * angle.cos()) / (math.pi / 2)
+    return (video.to(t.dtype), t) if isinstance(t, torch.Tensor) else (float(video), t)
+
+
 def diffuse(x, noise, t):
     """Eq. 5: x_t = sqrt(alpha_bar) x + sqrt(1 - alpha_bar) noise. x, noise (B, ...); t (B,) or a number."""
     signal, sigma = _scales(t, x)
@@ -267,7 +279,7 @@ class CMMDConfig:
     size: of the frames in pixels, 8 times that of the latents; frames: a training window's; mel_mean, mel_std: of the
     log10 mel, so that the normalised one is about N(0, 1); video_channels, audio_channels: width of each level;
     blocks: pairs of blocks a level; attention: over time, level by level; fusion: what crosses between the modalities,
-    "learned" (pooled where a 1x1 convolution looks), "mean" (spatial mean) or "none"."""
+    "learned" (pooled where a 1x1 convolution looks), "mean" (spatial mean) or "none"; shift: see `levels`."""
 
     size: int = 64
     fps: float = 10
@@ -288,6 +300,7 @@ class CMMDConfig:
     heads: int = 4
     groups: int = 8
     fusion: str = "learned"
+    shift: float = 1.0
 
     def __post_init__(self):
         for name in ("video_channels", "audio_channels", "attention"):
@@ -298,8 +311,8 @@ class CMMDConfig:
             raise ValueError(f"CMMD channels must be multiples of groups {self.groups} and twice heads {self.heads}")
         if self.fusion not in ("learned", "mean", "none"):
             raise ValueError(f"CMMD fusion is {self.fusion!r}, expected 'learned', 'mean' or 'none'")
-        if min(self.size, self.fps, self.frames, self.blocks, self.mel_std) <= 0:
-            raise ValueError("CMMD size, fps, frames, blocks and mel_std must be above 0")
+        if min(self.size, self.fps, self.frames, self.blocks, self.mel_std, self.shift) <= 0:
+            raise ValueError("CMMD size, fps, frames, blocks, mel_std and shift must be above 0")
 
 
 def mel_frames(T, config):
@@ -620,12 +633,13 @@ class CMMD(nn.Module):
 # ---- Losses
 
 
-def draw_times(B, first_lesson=False, shares=(0.4, 0.2, 0.2, 0.2)):
+def draw_times(B, first_lesson=False, shares=(0.4, 0.2, 0.2, 0.2), shift=1.0):
     """Noise levels for a batch -> t_video, t_audio (B,). Ours; the paper has one t for both.
 
-    The mixture, in these shares: one t, two, clean video, clean audio; times are drawn towards high noise as 1 - u^2;
-    of the clean samples a quarter have the other side at t = 1, the rest anywhere. The first lesson of a training: one
-    side clean, in the last two shares' proportion, the other at t = 1 or, in half of them, at t >= 0.7."""
+    The mixture, in these shares: one t (see `levels` for `shift`), two, clean video, clean audio; times are drawn
+    towards high noise as 1 - u^2; of the clean samples a quarter have the other side at t = 1, the rest anywhere. The
+    first lesson of a training: one side clean, in the last two shares' proportion, the other at t = 1 or, in half of
+    them, at t >= 0.7."""
     if first_lesson:
         side = torch.rand(B) * (shares[2] + shares[3]) < shares[2]
         t = (0.7 + 0.6 * torch.rand(B)).clamp(max=1.0)
@@ -634,7 +648,7 @@ def draw_times(B, first_lesson=False, shares=(0.4, 0.2, 0.2, 0.2)):
     t_video, t_audio = 1 - torch.rand(2, B).square()
     pure = torch.rand(B) < 0.25
     alone = torch.where(pure, 1.0, torch.rand(B))
-    t_audio = torch.where(kind == 0, t_video, t_audio)
+    t_video = torch.where(kind == 0, levels(t_audio, shift)[0], t_video)
     clean_video, clean_audio = kind == 2, kind == 3
     t_audio = torch.where(clean_video, alone, torch.where(clean_audio, 0.0, t_audio))
     t_video = torch.where(clean_audio, alone, torch.where(clean_video, 0.0, t_video))

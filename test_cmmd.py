@@ -346,6 +346,18 @@ def test_cmmd_draw_times_shares():
     assert t_video[same].mean().item() == pytest.approx(2 / 3, abs=0.02)  # 1 - u^2
 
 
+def test_cmmd_levels_shift_the_pictures_signal_to_noise():
+    """tan(pi t / 2) is noise over signal: the video's is the audio's divided by the shift; ends stay."""
+    t = torch.linspace(0, 1, 21)
+    video, audio = cmmd.levels(t, 3.0)
+    assert torch.equal(audio, t) and video[0] == 0 and video[-1] == pytest.approx(1, abs=1e-6)
+    ratio = torch.tan(audio[1:-1] * math.pi / 2) / torch.tan(video[1:-1] * math.pi / 2)
+    torch.testing.assert_close(ratio, torch.full_like(ratio, 3.0), rtol=1e-4, atol=0)
+    assert cmmd.levels(t, 1)[0] is t and cmmd.levels(0.5, 3)[0] == pytest.approx(2 / math.pi * math.atan(1 / 3))
+    t_video, t_audio = draw_times(1000, shares=(1, 0, 0, 0), shift=3.0)
+    torch.testing.assert_close(t_video, cmmd.levels(t_audio, 3.0)[0])
+
+
 def test_cmmd_draw_times_of_the_first_lesson():
     torch.manual_seed(0)
     t_video, t_audio = draw_times(4000, first_lesson=True, shares=(0.2, 0.2, 0.45, 0.15))

@@ -426,13 +426,14 @@ def train_cmmd(args):
     joint contrastive loss (Eq. 6), with --margin its bounded form."""
     autoencoder, front = vae.load(args.vae), SMALL_VOCODER
     model = initial(CMMD, lambda path: load(path, CMMD), default_config(autoencoder, front, args), args)
-    config = model.config
+    model.config = config = replace(model.config, shift=args.time_shift or model.config.shift)
     state = State({"cmmd": model}, "cmmd", args)
     apart = len(args.data) if args.batch > len(args.data) else 1  # to the next clip of the same source, see PairBatches
 
     def update(state, batch):
         pair, shifted, first = batch[:2], batch[2:] or [x[:0] for x in batch], state.step < args.first_lesson
-        times = [t.to(pair[0].device) for t in draw_times(len(pair[0]), first, args.shares)]
+        times = draw_times(len(pair[0]), first, args.shares, config.shift)
+        times = [t.to(pair[0].device) for t in times]
         noise = [torch.randn_like(x) for x in pair]
         wrong = [draw_negatives(x[: len(y)], y, x.roll(apart, 0)[: len(y)], dim, args.kinds)
                  for x, y, dim in zip(pair, shifted, (1, 2)) if len(y)] or shifted
@@ -599,6 +600,8 @@ def arguments(argv):
             task.add_argument("--first-lesson", type=int, default=400, help="steps with one side clean")
             task.add_argument("--motion", type=number(0, 1), default=0.0, help="share of the video loss's weight that "
                               "lies, in those steps, where the picture moves")
+            task.add_argument("--time-shift", type=number(0.01, 100), help="of the video's noise level where both share "
+                              "one t (cmmd.levels); 1: the paper's (default: that of --init, or 1)")
             task.add_argument("--clips", type=number(0, 10**7, int), default=0,
                               help="draw so many once and cut windows from them; 0: always fresh")
             task.add_argument("--cache", help="folder of those clips (default: OUT/cache)")
