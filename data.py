@@ -884,8 +884,8 @@ def _aist(files, table, lines, around):
 
 
 def _epic(files, table, lines, around):
-    """EPIC-Sounds: a clip for each row, at least `around` seconds long with the event in its middle, or as near to it as
-    the video's ends allow. All clips of a video are in the same share."""
+    """EPIC-Sounds: a clip for each row, at least `around` seconds long with the event in its middle, or as near to it
+    as the video's ends allow. All clips of a video are in the same share."""
     videos, lengths = {path.stem: path for path in files}, {}
     rows, found, left_out = csv.DictReader(lines), [], Counter()
     if missing := {"annotation_id", "video_id", "start_timestamp", "stop_timestamp"} - set(rows.fieldnames or ()):

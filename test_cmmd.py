@@ -1865,6 +1865,87 @@ def test_data_cache_draws_stretches_and_joins_short_files(tmp_path):
     assert len(pieces) >= 3
 
 
+def grey(frames):
+    """What stands for an encoder: the mean level of each frame (n, H, W, 3) -> (n, 1, 1, 1)."""
+    return torch.from_numpy(frames).float().mean(dim=(1, 2, 3))[:, None, None, None]
+
+
+needs_metadata = pytest.mark.skipif(not (SHARED / "metadata").is_dir(), reason="needs ../shared/data/metadata")
+
+
+@needs_metadata
+def test_data_aist_keeps_a_sequences_cameras_together(tmp_path, capsys):
+    lists = {name: (SHARED / "metadata" / "aist" / f"{name}.txt").read_text().split()
+             for name in ("crossmodal_train", "crossmodal_test", "ignore_list")}
+    for name in {name for names in lists.values() for name in names}:
+        for camera in ("c01", "c09"):
+            (tmp_path / f"{name.replace('cAll', camera)}.mp4").touch()
+    found = {name: data.find_sources(f"aist:{tmp_path}:{SHARED / 'metadata' / 'aist' / name}.txt")
+             for name in ("crossmodal_train", "crossmodal_test")}
+    assert [len(sources) for sources in found.values()] == [2 * (980 - 28), 2 * 20]  # 28 of them are on the ignore list
+    said = capsys.readouterr().out.splitlines()[0]
+    assert said.endswith("1904 clips; left out: 40 files that the list does not name, 90 on the ignore list"), said
+    shares, videos = {}, {}
+    for name, sources in found.items():
+        for source in sources:
+            sequence = source.path.stem.replace("c01", "cAll").replace("c09", "cAll")
+            assert sequence in lists[name] and sequence not in lists["ignore_list"]
+            shares.setdefault(sequence, set()).add(data.share_of(source.name))
+    assert all(len(share) == 1 for share in shares.values()) and len(shares) == 972
+    few = tmp_path / "few"
+    few.mkdir()
+    for name in (lists["crossmodal_train"][-1], lists["crossmodal_test"][0]):
+        for k in (1, 2):
+            path = few / f"{name.replace('cAll', f'c0{k}')}.mp4"
+            data.write_clip(path, np.full((12, 16, 16, 3), 40 * k, np.uint8), noise(19200).numpy() / 9)
+    files = data.cache_clips(f"aist:{few}:{SHARED / 'metadata' / 'aist' / 'crossmodal_test.txt'}", tmp_path / "cache",
+                             grey, "grey", size=16)
+    assert files.lengths == (12, 12) and "19 sequences without a file" in capsys.readouterr().out
+    levels = [float(data.open_encoded(path).picture(0, 12).mean()) for path in files.paths]
+    assert levels == pytest.approx([40, 80], abs=2)
+
+
+@needs_metadata
+def test_data_epic_windows_lie_around_their_events(tmp_path, capsys):
+    """Each clip holds its event, at least 2.6 s of the video around it; what is dropped is counted."""
+    table, seconds = SHARED / "metadata" / "epic_sounds" / "EPIC_Sounds_validation.csv", {"P03_26": 11, "P02_14": 20}
+    for name, length in seconds.items():  # P02_14 ends before its last event; frame k has level k
+        video = np.broadcast_to(np.arange(10 * length, dtype=np.uint8)[:, None, None, None], (10 * length, 16, 16, 3))
+        data.write_clip(tmp_path / f"{name}.mp4", video, noise(16000 * length).numpy() / 9)
+    sources = data.find_sources(entry := f"epic:{tmp_path}:{table}", 2.6)
+    time = lambda text: sum(float(x) * unit for x, unit in zip(text.split(":"), (3600, 60, 1)))
+    rows = [row.split(",") for row in table.read_text().splitlines()[1:]]
+    events = {row[0]: (row[2], time(row[3]), time(row[4])) for row in rows}
+    there = {key: event for key, event in events.items() if event[2] <= seconds.get(event[0], 0)}
+    late = sum(event[0] in seconds for event in events.values()) - len(there)
+    assert [source.name.split("/")[0] for source in sources] == list(there) and late > 0 and len(events) == 8035
+    said = capsys.readouterr().out
+    assert f"{8035 - 12} of videos that are not there, {late} beyond the end of their videos" in said
+    for source in sources:
+        video, start, stop = there[source.name.split("/")[0]]
+        end, middle = source.start + source.seconds, source.start + source.seconds / 2
+        assert -1e-6 <= source.start <= start + 1e-6 and stop - 1e-6 <= end <= seconds[video] + 0.1
+        assert source.seconds >= 2.6 - 1e-6 and source.name.endswith(f"/{video}.mp4")
+        inside = source.start > 1e-6 and end < seconds[video] - 0.1
+        assert not inside or middle == pytest.approx((start + stop) / 2, abs=1e-5)
+    files = data.cache_clips(entry, tmp_path / "cache", grey, "grey", size=16, frames=26, around=2.6)
+    assert len(files.names) == len(there) and min(files.lengths) == 26 and len(set(files.paths)) == len(there)
+    for path, source in zip(files.paths, sources):
+        clip = data.open_encoded(path)
+        assert float(clip.picture(13, 1)) == pytest.approx(10 * (source.start + 1.35) - 0.5, abs=2)
+
+
+@pytest.mark.parametrize("entry, says", [
+    ("aist:{0}:{0}/none.txt", "cannot be read"), ("epic:{0}:{0}/a.csv", "no column annotation_id"),
+    ("epic:{0}/none:{0}/a.csv", "no such folder"), ("aist:{0}", "no such folder"), ("aist:{0}:{0}/b.mp4", "no text")])
+def test_data_sources_refuse_in_one_line(tmp_path, entry, says):
+    (tmp_path / "a.csv").write_text("name,start\n")
+    (tmp_path / "b.mp4").write_bytes(b"\xff\xfe\xfd")
+    with pytest.raises(ValueError) as error:
+        data.find_sources(entry.format(tmp_path))
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
 def test_data_share_of_is_a_rule_of_names(tmp_path):
     names = [f"{k}.wav" for k in range(5000)]
     shares = [data.share_of(name) for name in names]
