@@ -5,7 +5,8 @@
   writing             write_clip (frames and sound), add_audio (a file's own picture with a new sound)
   encoded clips       latents and wave of a clip in one file, read by slice: write_encoded, open_encoded
   worlds              procedural clips whose event times are known: bounce (impacts), dance (beats)
-  caches              every file of a folder decoded once, then read by slice
+  sources             what train.py's --data may name: folders, and the lists of AIST++ and EPIC-Sounds
+  caches              every source decoded once, then read by slice: frames, sounds, encoded clips
 
 Everything goes through the ffmpeg binary that imageio-ffmpeg brings, so whatever ffmpeg reads, we read; it crops and
 scales, so that no whole file is ever held at full size. A clip starts where its picture starts, or, if it has none,
@@ -14,7 +15,9 @@ where its sound starts; all times are in seconds from there.
 Letters: T video frames, H W height and width, S samples. Frames are uint8 (T, H, W, 3), waves float32 (S,) in [-1, 1].
 """
 
+import csv
 import math
+import random
 import re
 import subprocess
 import tempfile
@@ -22,6 +25,7 @@ import threading
 import time
 import warnings
 import zlib
+from collections import Counter
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -160,7 +164,7 @@ class Video:
             yield self._stack(chunk)
 
     def _stack(self, frames):
-        return np.frombuffer(b"".join(frames), np.uint8).reshape(-1, self.size, self.size, 3)
+        return np.frombuffer(bytearray().join(frames), np.uint8).reshape(-1, self.size, self.size, 3)
 
     def _sampled(self):
         """Yield the bytes of frame 0, 1, ...: each source frame lasts until the next one's time."""
@@ -423,11 +427,16 @@ class EncodedClip(NamedTuple):
 
 def write_encoded(path, latents, wave, fps, sample_rate):
     """A clip of the cache: latents (T, C, H, W) as fp16, wave float (S,) as int16, cut or padded to T / fps seconds."""
-    samples = round(len(latents) / fps * sample_rate)
-    wave = np.pad(wave[:samples], (0, max(0, samples - len(wave))))
-    tensors = {"latents": latents.half().contiguous().numpy(), "wave": np.round(wave * 32767).astype(np.int16)}
+    tensors, header = _encoded(latents, wave, fps, sample_rate)
     with atomic(path) as temporary:
-        save_file(tensors, temporary, metadata={"fps": str(fps), "sample_rate": str(sample_rate)})
+        save_file(tensors, temporary, metadata=header)
+
+
+def _encoded(latents, wave, fps, sample_rate):
+    samples = math.ceil(len(latents) / fps * sample_rate - 1e-6)  # a window up to the last frame never lacks one
+    wave = np.clip(np.pad(wave[:samples], (0, max(0, samples - len(wave)))), -1, 1)
+    tensors = {"latents": latents.half().contiguous().numpy(), "wave": np.round(wave * 32767).astype(np.int16)}
+    return tensors, {"fps": str(fps), "sample_rate": str(sample_rate)}
 
 
 def open_encoded(path):
@@ -815,6 +824,90 @@ def _rgb(hue, saturation, value):
 WORLDS = {"bounce": bounce, "dance": dance}  # by the name that train.py's --data knows
 
 
+# ---- Sources: what train.py's --data may name
+
+
+class Source(NamedTuple):
+    """A stretch of a media file: `start` and `seconds` (None: to the end). `share_of` goes by the last part of its
+    name, so that what must not be torn apart shares that part."""
+
+    name: str
+    path: Path
+    start: float = 0.0
+    seconds: float | None = None
+
+
+def find_sources(entry, around=0.0):
+    """An entry of --data -> Sources in a fixed order: every file of a FOLDER, or those that a list names, as
+    `aist:FOLDER:LIST.txt` (AIST++, see `_aist`) or `epic:FOLDER:TABLE.csv` (EPIC-Sounds, see `_epic`).
+
+    What is left out is counted and said. ValueError, in one line, if the folder or list is missing or another kind."""
+    kind, *rest = str(entry).split(":")
+    lists = {"aist": _aist, "epic": _epic}
+    if kind not in lists or len(rest) != 2:
+        files = _files(entry)
+        return [Source(str(path.relative_to(Path(entry).resolve())), path) for path in files]
+    try:
+        table = Path(rest[1]).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "no text"
+        raise ValueError(f"{rest[1]}: cannot be read ({reason}); give {kind}:FOLDER:LIST") from None
+    found, left_out = lists[kind](_files(rest[0]), Path(rest[1]), table.splitlines(), around)
+    said = ", ".join(f"{n} {why}" for why, n in left_out.items() if n) or "nothing"
+    print(f"{entry}: {len(found)} clips; left out: {said}", flush=True)
+    return found
+
+
+def _files(folder):
+    """Every file below a folder, sorted."""
+    folder = Path(folder).resolve()
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: there is no such folder; give a folder of files, or a world: {', '.join(WORLDS)}")
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _aist(files, table, lines, around):
+    """AIST++: the videos (gBR_sBM_c01_d04_mBR0_ch01.mp4) of the sequences that a split list names, with "cAll" for the
+    camera, but for those of an ignore_list.txt beside it. All cameras of a sequence are in the same share."""
+    ignore = table.with_name("ignore_list.txt")
+    wanted, bad = ({line.strip() for line in text if line.strip()}
+                   for text in (lines, ignore.read_text().splitlines() if ignore.exists() else ()))
+    found, left_out = [], Counter()
+    for path in files:
+        sequence = re.sub(r"_c\d\d_", "_cAll_", path.stem)
+        if sequence in wanted - bad:
+            found.append(Source(f"{path.name}/{sequence}", path))
+        else:
+            left_out["on the ignore list" if sequence in bad else "files that the list does not name"] += 1
+    left_out["sequences without a file"] = len(wanted - bad - {source.name.split("/")[1] for source in found})
+    return found, left_out
+
+
+def _epic(files, table, lines, around):
+    """EPIC-Sounds: a clip for each row, at least `around` seconds long with the event in its middle, or as near to it
+    as the video's ends allow. All clips of a video are in the same share."""
+    videos, lengths = {path.stem: path for path in files}, {}
+    rows, found, left_out = csv.DictReader(lines), [], Counter()
+    if missing := {"annotation_id", "video_id", "start_timestamp", "stop_timestamp"} - set(rows.fieldnames or ()):
+        raise ValueError(f"{table}: has no column {', '.join(sorted(missing))}; give a table of EPIC-Sounds")
+    for row in rows:
+        path = videos.get(row["video_id"])
+        times = [re.fullmatch(r"(\d+):(\d+):([\d.]+)", row[f"{end}_timestamp"] or "") for end in ("start", "stop")]
+        start, stop = (sum(float(n) * unit for n, unit in zip(t.groups(), (3600, 60, 1))) if t else 0 for t in times)
+        if path is None or stop <= start:
+            left_out["of videos that are not there" if path is None else "that end before they start"] += 1
+            continue
+        if path not in lengths:
+            lengths[path] = probe(path).seconds or math.inf
+        if stop > lengths[path] + 0.1:
+            left_out["beyond the end of their videos"] += 1
+            continue
+        length = min(max(stop - start, around), lengths[path])
+        start = min(max(0.0, (start + stop - length) / 2), lengths[path] - length)
+        found.append(Source(f"{row['annotation_id']}/{path.name}", path, round(start, 6), round(length, 6)))
+    return found, left_out
+
+
 # ---- Caches: every file of a folder decoded once, then read by slice
 
 CACHE_FPS = 2  # frames kept per second of video: nearer ones teach an autoencoder little
@@ -822,17 +915,19 @@ CACHE_FPS = 2  # frames kept per second of video: nearer ones teach an autoencod
 
 @dataclass(frozen=True)
 class FileCache:
-    """Decoded sources in a fixed order: their names in the folder they come from, the safetensors that hold them, each
-    one tensor `data` (n, ...), and each one's n."""
+    """Decoded sources in a fixed order: their names, the safetensors that hold them, each one tensor `data` (n, ...) or
+    an encoded clip of n frames, each one's n, and the sizes of the files they come from in bytes."""
 
     names: tuple
     paths: tuple
     lengths: tuple
+    sizes: tuple
 
     def share(self, share):
         """The sources for "training", "validation" or "test", by `share_of`."""
         keep = [i for i, name in enumerate(self.names) if share_of(name) == share]
-        return FileCache(*(tuple(column[i] for i in keep) for column in (self.names, self.paths, self.lengths)))
+        columns = self.names, self.paths, self.lengths, self.sizes
+        return FileCache(*(tuple(column[i] for i in keep) for column in columns))
 
     def read(self, index, start=0, stop=None):
         """A slice of source `index`, as stored: int16 (S,) or uint8 (T, size, size, 3)."""
@@ -844,7 +939,7 @@ class FileCache:
         is heard whole, and others from their starts after it."""
         rng, pieces, missing = np.random.default_rng(seed), [], S
         while missing:
-            index = self._draw(rng)
+            index = self.draw(rng)
             start = int(rng.integers(max(0, self.lengths[index] - S) + 1)) if missing == S else 0
             pieces.append(self.read(index, start, min(start + missing, self.lengths[index])))
             missing -= len(pieces[-1])
@@ -853,17 +948,17 @@ class FileCache:
     def frames(self, seed, n):
         """n frames uint8 (n, size, size, 3) drawn by `seed`, all equally likely."""
         rng = np.random.default_rng(seed)
-        drawn = [(index := self._draw(rng), int(rng.integers(self.lengths[index]))) for _ in range(n)]
+        drawn = [(index := self.draw(rng), int(rng.integers(self.lengths[index]))) for _ in range(n)]
         return np.concatenate([self.read(index, frame, frame + 1) for index, frame in drawn])
 
-    def _draw(self, rng):
-        """A source, as likely as it is long."""
+    def draw(self, rng):
+        """The index of a source, each as likely as it is long."""
         ends = np.cumsum(self.lengths)
         return int(np.searchsorted(ends, rng.integers(ends[-1]), side="right"))
 
     def fingerprint(self):
         """Changes with the sources and their order: what a seed draws is a function of both."""
-        return f"{zlib.crc32(repr((self.names, self.lengths)).encode()):08x}"
+        return f"{zlib.crc32(repr((self.names, self.lengths, self.sizes)).encode()):08x}"
 
 
 def share_of(path):
@@ -871,58 +966,77 @@ def share_of(path):
     return {0: "test", 1: "validation"}.get(zlib.crc32(Path(path).name.encode()) % 25, "training")
 
 
-def cache_sounds(folder, cache, sample_rate=16000):
-    """Sounds of every file under `folder` -> FileCache of int16 waves (S,), mono; else as `cache_frames`."""
-    decode = lambda path: (np.clip(read_audio(path, sample_rate), -1, 1) * 32767).round().astype(np.int16)
-    return _fill(folder, cache, decode, f"sound {sample_rate}")
+def cache_sounds(entry, cache, sample_rate=16000):
+    """Sounds of every source of `entry` -> FileCache of int16 waves (S,), mono; else as `cache_clips`."""
+    whole = lambda wave: (np.clip(wave, -1, 1) * 32767).round().astype(np.int16)
+    decode = lambda path, *span: ({"data": whole(read_audio(path, sample_rate, *span))}, {})
+    return _fill(entry, cache, decode, f"sound {sample_rate}")
 
 
-def cache_frames(folder, cache, size=64, fps=CACHE_FPS):
-    """Frames of every file under `folder` -> FileCache of uint8 (T, size, size, 3), decoded into the folder `cache`.
-
-    What is there already is not decoded again, so a stopped call goes on where it was; a file that changed is new.
-    Files without a picture, or unreadable, are named with the reason and left out. ValueError if there is no such
-    folder or nothing in it can be used."""
-    return _fill(folder, cache, lambda path: read_video(path, fps, size), f"frames {size} {fps}")
+def cache_frames(entry, cache, size=64, fps=CACHE_FPS):
+    """Frames of every source of `entry` -> FileCache of uint8 (T, size, size, 3); else as `cache_clips`."""
+    decode = lambda path, *span: ({"data": np.ascontiguousarray(read_video(path, fps, size, *span))}, {})
+    return _fill(entry, cache, decode, f"frames {size} {fps}")
 
 
-def _fill(folder, cache, decode, kind):
-    """Decode what `cache` lacks of `folder`. A source that cannot be used leaves a file with the reason, no data."""
-    folder, cache = Path(folder).resolve(), Path(cache).resolve()
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: there is no such folder; give a folder of files, or a world: {', '.join(WORLDS)}")
+def cache_clips(entry, cache, encode, encoder, fps=10, size=64, sample_rate=16000, frames=1, around=0.0):
+    """Every source of `entry` (see `find_sources`) with picture and sound, encoded into the folder `cache` -> FileCache
+    of clips for `open_encoded`. encode: uint8 (n, size, size, 3) -> latents (n, C, H, W); `encoder` names it, so that
+    another's latents are never taken for its own.
+
+    What is there already is not done again, so a stopped call goes on where it was, and processes that run at once
+    share the work; a file that changed is new. Sources without picture or sound, shorter than `frames` or unreadable
+    are named with the reason and left out. ValueError if `entry` names nothing, or nothing of it can be used."""
+
+    def decode(path, *span):
+        wave = read_audio(path, sample_rate, *span)  # first: cheap, and often what is missing
+        latents = torch.cat([encode(chunk).half().cpu() for chunk in Video(path, fps, size, *span)])
+        return _encoded(latents, wave, fps, sample_rate)
+
+    return _fill(entry, cache, decode, f"clip {fps:g} {size} {sample_rate} {encoder}", frames, around)
+
+
+def _fill(entry, cache, decode, kind, shortest=1, around=0.0):
+    """Decode what `cache` lacks of `entry`. A source that cannot be used leaves a file with the reason, no data."""
+    cache = Path(cache).resolve()
+    sources = [source for source in find_sources(entry, around) if cache not in source.path.parents]
     cache.mkdir(parents=True, exist_ok=True)
-    sources = sorted(path for path in folder.rglob("*") if path.is_file() and cache not in path.parents)
-    rows, skipped, said = [], [], time.monotonic()
-    for count, source in enumerate(sources, 1):
+    found, rows, skipped, said = {}, [], [], time.monotonic()
+    for count, source in enumerate(random.sample(sources, len(sources)), 1):  # each process in its own order
         path = cache / f"{_identity(source, kind)}.safetensors"
-        reason, length = _cached(path) or _decode_into(path, source, decode)
+        found[source] = str(path), *(_cached(path) or _decode_into(path, source, decode))
+        if time.monotonic() > said + 10:
+            said = time.monotonic()
+            print(f"{entry}: decoding, {count} of {len(sources)}", flush=True)
+    for source in sources:
+        path, reason, length = found[source]
+        if not reason and length < shortest:
+            reason = f"{source.path}: {length} frames long, a window has {shortest}; give longer clips"
         if reason:
             skipped.append(reason)
             print(f"skipped {reason}", flush=True)
         else:
-            rows.append((str(source.relative_to(folder)), str(path), length))
-        if time.monotonic() > said + 10:
-            said = time.monotonic()
-            print(f"{folder}: decoding, {count} of {len(sources)} files", flush=True)
-    print(f"{folder}: {len(sources)} files, {len(skipped)} of them skipped", flush=True)
+            rows.append((source.name, path, length, source.path.stat().st_size))
+    print(f"{entry}: {len(sources)} files, {len(skipped)} of them skipped", flush=True)
     if not rows:
         first = f"; the first: {skipped[0]}" if skipped else ""
-        raise ValueError(f"{folder}: none of its {len(sources)} files can be used{first}")
+        raise ValueError(f"{entry}: none of its {len(sources)} files can be used{first}")
     return FileCache(*map(tuple, zip(*rows)))
 
 
 def _identity(source, kind):
-    """A name for what `kind` makes of the file as it is now."""
-    found = source.stat()
-    return sha256(f"{source} {found.st_size} {found.st_mtime_ns} {kind}".encode()).hexdigest()[:24]
+    """A name for what `kind` makes of the source as its file is now."""
+    found = source.path.stat()
+    span = f" {source.start} {source.seconds}" if source.seconds else ""
+    return sha256(f"{source.path} {found.st_size} {found.st_mtime_ns} {kind}{span}".encode()).hexdigest()[:24]
 
 
 def _cached(path):
     """Of a source in the cache: (why it cannot be used, or None, its length). None if it is not there, or torn."""
     try:
         with safe_open(str(path), framework="np") as file:
-            return (file.metadata() or {}).get("skipped"), file.get_slice("data").get_shape()[0]
+            data = "latents" if "latents" in file.keys() else "data"
+            return (file.metadata() or {}).get("skipped"), file.get_slice(data).get_shape()[0]
     except (FileNotFoundError, SafetensorError):
         return None
 
@@ -930,9 +1044,9 @@ def _cached(path):
 def _decode_into(path, source, decode):
     """Decode one source into the cache -> why it cannot be used, or None, and its length."""
     try:
-        data, header = np.ascontiguousarray(decode(source)), {"source": str(source)}
+        tensors, header = decode(source.path, source.start, source.seconds)
     except ValueError as error:
-        data, header = np.zeros(0, np.uint8), {"skipped": str(error)}
+        tensors, header = {"data": np.zeros(0, np.uint8)}, {"skipped": str(error)}
     with atomic(path) as whole:
-        save_file({"data": data}, str(whole), metadata=header)
-    return header.get("skipped"), len(data)
+        save_file(tensors, str(whole), metadata=header | {"source": str(source.path)})
+    return header.get("skipped"), len(next(iter(tensors.values())))

@@ -287,7 +287,8 @@ COLOURS = np.array([(0, 0, 4), (59, 15, 112), (140, 41, 129), (222, 73, 104), (2
 def picture(video, waves, fps, sample_rate, times=(), width=960):
     """Frames (T, H, W, 3) over the spectrogram of each wave (S,), a time axis below -> uint8 (height, width, 3).
 
-    Frames are shown at their place in time; `times` (s) are marked by white lines through all of it."""
+    All waves but the first may also be log mels (M, L). Frames are shown at their place in time; `times` (s) are marked
+    by white lines through all of it."""
     seconds, count = len(waves[0]) / sample_rate, 12
     side = width // count
     shown = np.clip(((np.arange(count) + 0.5) / count * seconds * fps).astype(int), 0, len(video) - 1)
@@ -305,10 +306,13 @@ def picture(video, waves, fps, sample_rate, times=(), width=960):
 
 
 def _spectrogram(wave, sample_rate, width, height=160):
-    """The log mel of a wave in colours, low pitch at the bottom -> uint8 (height, width, 3)."""
+    """The log mel of a wave, or a log mel, in colours, low pitch at the bottom -> uint8 (height, width, 3)."""
     config = VocoderConfig(sample_rate=sample_rate, f_max=sample_rate / 2)
-    wave = np.pad(wave, (0, max(0, config.n_fft - len(wave))))
-    mel = log_mel(torch.from_numpy(np.ascontiguousarray(wave, dtype=np.float32))[None], config)  # (1, M, L)
+    if wave.ndim == 1:
+        wave = np.pad(wave, (0, max(0, config.n_fft - len(wave))))
+        mel = log_mel(torch.from_numpy(np.ascontiguousarray(wave, dtype=np.float32))[None], config)  # (1, M, L)
+    else:
+        mel = torch.from_numpy(np.ascontiguousarray(wave, dtype=np.float32))[None]
     mel = F.adaptive_max_pool1d(mel, min(width, mel.shape[2]))
     mel = F.interpolate(mel[None], (height, width))[0, 0].flip(0).numpy()
     level = np.clip((mel + 4.5) / 4.5, 0, 1) * (len(COLOURS) - 1)

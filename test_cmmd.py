@@ -1820,8 +1820,30 @@ def test_data_cache_decodes_once_and_names_what_it_skips(tmp_path, monkeypatch, 
     Path(first.paths[0]).write_bytes(Path(first.paths[0]).read_bytes()[:50])  # torn
     data.write_clip(tmp_path / "media" / "2.wav", audio=np.zeros(3200))  # another sound than before
     again = data.cache_sounds(tmp_path / "media", inside)
-    assert decoded == ["1.wav", "2.wav"] and again.lengths == (4800, 3200, 14400)
+    assert sorted(decoded) == ["1.wav", "2.wav"] and again.lengths == (4800, 3200, 14400)
     assert again.fingerprint() != first.fingerprint() == replace(first).fingerprint()
+
+
+def test_data_cache_of_clips_holds_the_files_and_is_shared_by_processes(tmp_path):
+    write_tones(tmp_path / "media", count=6, picture=True)
+    data.write_clip(tmp_path / "media" / "silent.mp4", np.zeros((5, 16, 16, 3), np.uint8))
+    code = """
+import sys, torch
+from cmmd.data import cache_clips
+grey = lambda frames: torch.from_numpy(frames).float().mean(dim=(1, 2, 3))[:, None, None, None]
+files = cache_clips(*sys.argv[1:], grey, "grey", fps=25, size=16, frames=9)
+print(files.names, files.lengths, *files.paths, sep="\\n")
+"""
+    words = [sys.executable, "-c", code, str(tmp_path / "media"), str(tmp_path / "cache")]
+    both = [subprocess.Popen(words, cwd=REPO, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate()[0].splitlines() for process in both]
+    assert said[0] == said[1] and said[0][-4:-2] == ["('3.mkv', '6.mkv')", "(23, 23)"]  # of 0.9 s, others of 0.3 s
+    assert sum("8 frames long, a window has 9" in line for line in said[0]) == 4
+    assert sum("silent.mp4: has no sound" in line for line in said[0]) == 1 and "7 files, 5 of them" in said[0][-5]
+    for name, path in zip(("3.mkv", "6.mkv"), said[0][-2:]):
+        clip, wave = data.open_encoded(path), data.read_audio(tmp_path / "media" / name)
+        assert (clip.picture(0, 23) - data.read_video(tmp_path / "media" / name, 25, 16).mean()).abs().max() < 0.5
+        assert np.abs(clip.sound(0, 0.9).numpy() - wave[:14400]).max() < 1 / 32767
 
 
 def test_data_cache_of_frames(tmp_path):
@@ -1855,6 +1877,87 @@ def test_data_cache_draws_stretches_and_joins_short_files(tmp_path):
     assert len(pieces) >= 3
 
 
+def grey(frames):
+    """What stands for an encoder: the mean level of each frame (n, H, W, 3) -> (n, 1, 1, 1)."""
+    return torch.from_numpy(frames).float().mean(dim=(1, 2, 3))[:, None, None, None]
+
+
+needs_metadata = pytest.mark.skipif(not (SHARED / "metadata").is_dir(), reason="needs ../shared/data/metadata")
+
+
+@needs_metadata
+def test_data_aist_keeps_a_sequences_cameras_together(tmp_path, capsys):
+    lists = {name: (SHARED / "metadata" / "aist" / f"{name}.txt").read_text().split()
+             for name in ("crossmodal_train", "crossmodal_test", "ignore_list")}
+    for name in {name for names in lists.values() for name in names}:
+        for camera in ("c01", "c09"):
+            (tmp_path / f"{name.replace('cAll', camera)}.mp4").touch()
+    found = {name: data.find_sources(f"aist:{tmp_path}:{SHARED / 'metadata' / 'aist' / name}.txt")
+             for name in ("crossmodal_train", "crossmodal_test")}
+    assert [len(sources) for sources in found.values()] == [2 * (980 - 28), 2 * 20]  # 28 of them are on the ignore list
+    said = capsys.readouterr().out.splitlines()[0]
+    assert said.endswith("1904 clips; left out: 40 files that the list does not name, 90 on the ignore list"), said
+    shares, videos = {}, {}
+    for name, sources in found.items():
+        for source in sources:
+            sequence = source.path.stem.replace("c01", "cAll").replace("c09", "cAll")
+            assert sequence in lists[name] and sequence not in lists["ignore_list"]
+            shares.setdefault(sequence, set()).add(data.share_of(source.name))
+    assert all(len(share) == 1 for share in shares.values()) and len(shares) == 972
+    few = tmp_path / "few"
+    few.mkdir()
+    for name in (lists["crossmodal_train"][-1], lists["crossmodal_test"][0]):
+        for k in (1, 2):
+            path = few / f"{name.replace('cAll', f'c0{k}')}.mp4"
+            data.write_clip(path, np.full((12, 16, 16, 3), 40 * k, np.uint8), noise(19200).numpy() / 9)
+    files = data.cache_clips(f"aist:{few}:{SHARED / 'metadata' / 'aist' / 'crossmodal_test.txt'}", tmp_path / "cache",
+                             grey, "grey", size=16)
+    assert files.lengths == (12, 12) and "19 sequences without a file" in capsys.readouterr().out
+    levels = [float(data.open_encoded(path).picture(0, 12).mean()) for path in files.paths]
+    assert levels == pytest.approx([40, 80], abs=2)
+
+
+@needs_metadata
+def test_data_epic_windows_lie_around_their_events(tmp_path, capsys):
+    """Each clip holds its event, at least 2.6 s of the video around it; what is dropped is counted."""
+    table, seconds = SHARED / "metadata" / "epic_sounds" / "EPIC_Sounds_validation.csv", {"P03_26": 11, "P02_14": 20}
+    for name, length in seconds.items():  # P02_14 ends before its last event; frame k has level k
+        video = np.broadcast_to(np.arange(10 * length, dtype=np.uint8)[:, None, None, None], (10 * length, 16, 16, 3))
+        data.write_clip(tmp_path / f"{name}.mp4", video, noise(16000 * length).numpy() / 9)
+    sources = data.find_sources(entry := f"epic:{tmp_path}:{table}", 2.6)
+    time = lambda text: sum(float(x) * unit for x, unit in zip(text.split(":"), (3600, 60, 1)))
+    rows = [row.split(",") for row in table.read_text().splitlines()[1:]]
+    events = {row[0]: (row[2], time(row[3]), time(row[4])) for row in rows}
+    there = {key: event for key, event in events.items() if event[2] <= seconds.get(event[0], 0)}
+    late = sum(event[0] in seconds for event in events.values()) - len(there)
+    assert [source.name.split("/")[0] for source in sources] == list(there) and late > 0 and len(events) == 8035
+    said = capsys.readouterr().out
+    assert f"{8035 - 12} of videos that are not there, {late} beyond the end of their videos" in said
+    for source in sources:
+        video, start, stop = there[source.name.split("/")[0]]
+        end, middle = source.start + source.seconds, source.start + source.seconds / 2
+        assert -1e-6 <= source.start <= start + 1e-6 and stop - 1e-6 <= end <= seconds[video] + 0.1
+        assert source.seconds >= 2.6 - 1e-6 and source.name.endswith(f"/{video}.mp4")
+        inside = source.start > 1e-6 and end < seconds[video] - 0.1
+        assert not inside or middle == pytest.approx((start + stop) / 2, abs=1e-5)
+    files = data.cache_clips(entry, tmp_path / "cache", grey, "grey", size=16, frames=26, around=2.6)
+    assert len(files.names) == len(there) and min(files.lengths) == 26 and len(set(files.paths)) == len(there)
+    for path, source in zip(files.paths, sources):
+        clip = data.open_encoded(path)
+        assert float(clip.picture(13, 1)) == pytest.approx(10 * (source.start + 1.35) - 0.5, abs=2)
+
+
+@pytest.mark.parametrize("entry, says", [
+    ("aist:{0}:{0}/none.txt", "cannot be read"), ("epic:{0}:{0}/a.csv", "no column annotation_id"),
+    ("epic:{0}/none:{0}/a.csv", "no such folder"), ("aist:{0}", "no such folder"), ("aist:{0}:{0}/b.mp4", "no text")])
+def test_data_sources_refuse_in_one_line(tmp_path, entry, says):
+    (tmp_path / "a.csv").write_text("name,start\n")
+    (tmp_path / "b.mp4").write_bytes(b"\xff\xfe\xfd")
+    with pytest.raises(ValueError) as error:
+        data.find_sources(entry.format(tmp_path))
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
 def test_data_share_of_is_a_rule_of_names(tmp_path):
     names = [f"{k}.wav" for k in range(5000)]
     shares = [data.share_of(name) for name in names]
@@ -1862,7 +1965,7 @@ def test_data_share_of_is_a_rule_of_names(tmp_path):
     assert counts == pytest.approx([200, 200, 4600], abs=50)
     assert shares == [data.share_of(f"/elsewhere/{name}") for name in names]
     assert {zlib.crc32(b"%d.wav" % k) % 25 for k, share in enumerate(shares) if share == "test"} == {0}
-    files = data.FileCache(tuple(names), tuple(names), tuple(range(5000)))
+    files = data.FileCache(tuple(names), tuple(names), *[tuple(range(5000))] * 2)
     assert [files.share("test").lengths[0], len(files.share("training").paths)] == [shares.index("test"), counts[2]]
 
 
@@ -2233,12 +2336,13 @@ TRAININGS = {
     "vocoder": ["--config", '{"base": 2, "residual_blocks": 1}', "--seconds", "0.512", "--adversarial-from", "3"],
     "cmmd": ["--config", json.dumps(TINY), "--first-lesson", "2"],
     "cmmd, Eq. 6": ["--config", json.dumps(TINY), "--eta", "0.1", "--margin", "0.3", "--negatives", "0.5"],
+    "cmmd, files": ["--config", json.dumps(TINY | dict(frames=3)), "--eta", "0.1", "--negatives", "1"],
     "cmmd, cached": ["--config", json.dumps(TINY), "--eta", "0.01", "--negatives", "0.5", "--clips", "5",
                      "--data", "bounce", "dance"],
 }
 
 
-@pytest.mark.parametrize("name", list(TRAININGS))
+@pytest.mark.parametrize("name", [name for name in TRAININGS if "files" not in name])
 def test_train_resumed_equals_never_stopped(tmp_path, monkeypatch, weights, name):
     task = name.partition(",")[0]
     few_clips(monkeypatch)
@@ -2273,6 +2377,7 @@ def test_train_refuses_to_resume_with_other_settings(tmp_path, monkeypatch, caps
     (["vae", "--init", "none.safetensors"], "no such file"), (["cmmd", "--vae", "none.safetensors"], "no such file"),
     (["vae", "--out", "file"], "file"), (["vae", "--config", '{"bands": 3}'], "bands"),
     (["vae", "--steps", "0"], "steps"),
+    (["cmmd", "--vae", str(WORLDS / "vae.safetensors"), "--data", "x"], "no such folder"),
     (["cmmd", "--vae", "x", "--batch", "0"], "batch"), (["vae", "--device", "abacus"], "abacus"),
 ])
 def test_train_command_line_refuses_in_one_line(tmp_path, monkeypatch, capsys, words, says):
@@ -2327,6 +2432,70 @@ def test_train_shift_goes_where_the_clip_goes_on(tmp_path):
         before, after = min(0.4, k / 10), min(0.4, (8 - k) / 10)
         assert moves.min() >= -before - 1e-9 and moves.max() <= after + 1e-9 and abs(moves).min() >= 0.1 - 1e-9
         assert (moves < 0).any() == (before >= 0.1) and (moves > 0).any() == (after >= 0.1)
+
+
+def test_train_clips_without_room_for_a_shift_are_swapped(tmp_path):
+    """And where there is only a frame's room, that is how far the window moves."""
+    files = []
+    for i, T in enumerate((18, 18, 19)):
+        wave = np.full(round(T * 1600), (i + 1) / 8)
+        data.write_encoded(tmp_path / f"{i}.safetensors", torch.full((T, 1, 2, 2), float(i + 1)), wave, 10, 16000)
+        files.append(str(tmp_path / f"{i}.safetensors"))
+    swapped = 0
+    for step in range(20):
+        latents, mel, other, other_mel = pair_batches(tuple(files))[step]
+        own = latents[:, 0, 0, 0, 0].int()
+        for i, given in enumerate(own[:5]):
+            if given < 3:  # the clip before it in the batch
+                assert torch.equal(other[i], latents[i - 1]) and torch.equal(other_mel[i], mel[i - 1])
+                swapped += own[i - 1] != given
+    assert swapped > 20
+    batches, clip = pair_batches(), data.open_encoded(files[2])
+    assert [batches.move(np.random.default_rng(0), k, clip) for k in (0, 1)] == pytest.approx([0.1, -0.1])
+    slow = clip._replace(fps=25)  # a frame is 0.04 s, less than the least shift
+    assert [batches.move(np.random.default_rng(0), k, slow) for k in (0, 1)] == pytest.approx([0.04, -0.04])
+
+
+@pytest.mark.parametrize("fps, frames, L", [(10, 18, 112), (25, 45, 112), (30, 50, 104), (29.97, 31, 64), (12, 1, 5)])
+def test_train_windows_of_any_frame_rate_are_whole(tmp_path, fps, frames, L):
+    """Of a clip of any length, wherever they are cut, as many mel frames as fit into the window's time."""
+    config = replace(pair_batches().config, fps=fps, frames=frames)
+    assert whole_mel_frames(frames, config) == L
+    for T in (frames, frames + 1, frames + 2, frames + 7, frames + 13):
+        data.write_encoded(tmp_path / f"{T}.safetensors", torch.zeros(T, 1, 2, 2), np.ones(9), fps, 16000)
+    files = tuple(map(str, tmp_path.iterdir()))
+    for step in range(12):
+        out = pair_batches(files, config=config)[step]
+        assert [x.shape[1:] for x in out] == [(frames, 1, 2, 2), (80, L)] * 2
+
+
+def test_train_held_out_files_are_scored_against_what_is_typical(tmp_path, monkeypatch):
+    """Figures of a model that knows the truth are 1, of one that knows what is typical 0, and chance is near 0."""
+    torch.manual_seed(0)
+    autoencoder, config = VAE(TINY_VAE), CMMDConfig(**TINY, fps=25, frames=20)
+    quick_start(autoencoder, torch.rand(240, 3, 64, 64) * 2 - 1)
+    rng, rows = np.random.default_rng(0), []
+    typical = np.repeat(rng.uniform(0.1, 0.3, 10), 1280)
+    for k in range(60):
+        loud = typical * np.repeat(rng.uniform(0.5, 1.5, 10), 1280) * rng.standard_normal(12800)
+        latents = torch.from_numpy(rng.standard_normal((20, 4, 8, 8))) * torch.from_numpy(rng.random((20, 1, 1, 1)))
+        data.write_encoded(tmp_path / f"{k}.safetensors", latents, loud, 25, 16000)
+        rows.append((f"{k}.mkv", str(tmp_path / f"{k}.safetensors"), 20, 9))
+    files = data.FileCache(*map(tuple, zip(*rows)))
+    front, shares = train.SMALL_VOCODER, [files.share(share) for share in ("validation", "training")]
+    one = train.HeldOut("faces", shares[0], autoencoder, config, front, "cpu", shares[1])
+    assert len(one.mel) == len(shares[0].names) == 5
+    model, answers = tiny_model(size=64), [one.latents, one.mel]
+    monkeypatch.setattr(train, "generate", lambda *given, **more: answers)
+    model.denormalise = lambda mel: mel * config.mel_std + config.mel_mean
+    figures = one.figures(model, tmp_path / "a.png")
+    assert figures["envelope"] == pytest.approx(1) == figures["motion"]
+    assert abs(figures["envelope_wrong"]) < 0.3 > abs(figures["motion_wrong"])
+    answers[1] = one.mel.roll(1, 0)
+    assert abs(one.figures(model, tmp_path / "a.png")["envelope"]) < 0.5
+    assert decode_png(tmp_path / "a.png").shape[1] == 960
+    loudness = evaluate.envelope(log_mel(one.waves, front))  # clips of one kind resemble each other
+    assert evaluate.envelope_correlation(loudness, np.roll(loudness, 1, 0)).mean() > 0.4
 
 
 def told_apart(real, fake):
@@ -2384,12 +2553,14 @@ def test_train_learning_rate_warms_up_and_comes_down():
     assert rates[9:13] == pytest.approx([1.0, 1.0, 0.9, 0.81]) and rates[109] == pytest.approx(0.9**99)
 
 
-@pytest.mark.parametrize("task", ["vae", "vocoder"])
-def test_train_on_folders_resumed_equals_never_stopped(tmp_path, monkeypatch, capsys, task):
+@pytest.mark.parametrize("name", ["vae", "vocoder", "cmmd, files"])
+def test_train_on_folders_resumed_equals_never_stopped(tmp_path, monkeypatch, capsys, weights, name):
     few_clips(monkeypatch)
-    write_tones(tmp_path / "media", picture=True)
-    words = [task, "--steps", "6", "--batch", "4", "--workers", "0", "--save-every", "3", *TRAININGS[task],
-             "--data", "bounce", str(tmp_path / "media"), "--decay", "exponential", "--cache", str(tmp_path / "cache")]
+    task = name.partition(",")[0]
+    write_tones(tmp_path / "media", count=5, picture=True)  # 2 and 4 are held out
+    words = [task, "--steps", "6", "--batch", "4", "--workers", "0", "--save-every", "3", *TRAININGS[name],
+             "--data", "bounce", str(tmp_path / "media"), "--decay", "exponential", "--cache", str(tmp_path / "cache"),
+             *(["--vae", str(weights / "vae.safetensors")] if task == "cmmd" else [])]
     assert not train.main([*words, "--out", str(tmp_path / "straight")])
     with monkeypatch.context() as patch:
         stop_after_saving(patch, 3)
@@ -2402,6 +2573,10 @@ def test_train_on_folders_resumed_equals_never_stopped(tmp_path, monkeypatch, ca
     capsys.readouterr()
     assert train.main([*words, "--out", str(tmp_path / "stopped")]) == 2
     assert "was started with files" in capsys.readouterr().err
+    if task == "cmmd":
+        assert decode_png(next((tmp_path / "straight").glob("cmmd-*media-6.png"))).shape[1:] == (960, 3)
+        figures = (tmp_path / "straight" / "cmmd-eval.csv").read_text().splitlines()[0]
+        assert all(f"{name} {tmp_path / 'media'}" in figures for name in ("envelope", "motion", "motion_wrong"))
 
 
 def test_train_sources_take_turns_and_held_out_files_never_come(tmp_path):

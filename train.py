@@ -1,7 +1,7 @@
 """Three trainings, one skeleton: `python train.py vae|vocoder|cmmd --out FOLDER`.
 
-They train on the `bounce` world, every clip drawn fresh; `vae` and `vocoder` on any folders too (--data). In this
-order: the skeleton (State: weights, EMA and optimisers with exact resume; run: the loop), then one plain training for
+They train on worlds, every clip drawn fresh, and on any folders of videos with sound (--data). In this order: the
+skeleton (State: weights, EMA and optimisers with exact resume; run: the loop), then one plain training for
 each network, then the command line.
 
 What step n sees (clips, times, noise) is a function of n and of the settings alone, so a run that was stopped and
@@ -14,8 +14,10 @@ import csv
 import hashlib
 import json
 import math
+import re
 import sys
 import time
+import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -26,12 +28,15 @@ from safetensors.torch import save_file
 
 from cmmd import (
     CMMD, SEED, CMMDConfig, Parser, atomic, contrastive_loss, draw_negatives, draw_times, fast_autocast, generate,
-    joint_loss, load, number, save, vae, vocoder,
+    joint_loss, load, number, save, vae, vocoder, whole_mel_frames,
 )
 from cmmd.data import (
-    TRAINING_SEED, WORLDS, EncodedClip, FileCache, cache_frames, cache_sounds, open_encoded, write_encoded,
+    TRAINING_SEED, WORLDS, EncodedClip, FileCache, cache_clips, cache_frames, cache_sounds, open_encoded, write_encoded,
 )
-from cmmd.evaluate import event_counts, picture_events, psnr, scores, sound_scores
+from cmmd.evaluate import (
+    envelope, envelope_correlation, event_counts, picture_events, psnr, scores, sound_scores,
+)
+from cmmd.sample import picture, write_png
 from cmmd.vae import VAE, VAEConfig, quick_start, to_frames, to_uint8, vae_loss
 from cmmd.vocoder import (
     Discriminator, DiscriminatorConfig, Vocoder, VocoderConfig, add_weight_norm, discriminator_loss, generator_loss,
@@ -213,6 +218,8 @@ def held_out(args, sources, world, files):
             drawn[entry] = world(WORLDS[source])
         elif (share := source.share("validation")).names:
             drawn[entry] = files(share)
+        else:
+            print(f"{entry}: too few files for any to be held out: it is not evaluated", flush=True)
     return drawn
 
 
@@ -351,10 +358,11 @@ def train_vocoder(args):
 @dataclass
 class PairBatches:
     """Windows of clips: [step] -> [latents (batch, T, C, H, W), mel (batch, M, L)] and, of the first `negatives`, the
-    picture and the sound cut `shift` (from, to; s) earlier or later. 18 frames go with the first 112 mel frames (P).
+    picture and the sound cut `shift` (from, to; s) earlier or later; those of another clip where this one is no longer
+    than a window. 18 frames go with the first 112 mel frames (P).
 
-    sources take turns: each is the files of a latent cache or the name of a world, whose clips are then drawn fresh and
-    encoded with `vae_path`."""
+    sources take turns: each is a FileCache, the encoded clips of a world, or the name of a world, whose clips are then
+    drawn fresh and encoded with `vae_path`."""
 
     batch: int
     seed: int
@@ -367,27 +375,33 @@ class PairBatches:
 
     def __post_init__(self):
         self.vae = None  # loaded by the process that draws the batches
+        self.apart = len(self.sources) if self.batch > len(self.sources) else 1  # to the next clip of the same source
 
     def __getitem__(self, step):
         c, rng = self.config, np.random.default_rng([self.seed, step])
         seconds, windows = c.frames / c.fps, []
         for i, clip in enumerate(self.draw(step, rng)):
             k = int(rng.integers(0, clip.T - c.frames + 1))
-            moves = [0.0, 0.0] + ([self.move(rng, k, clip) for _ in range(2)] if i < self.negatives else [])
+            moves = [0.0, 0.0]
+            if i < self.negatives and clip.T > c.frames:
+                moves += [self.move(rng, k, clip) for _ in range(2)]
             pictures = [clip.picture(k + round(move * clip.fps), c.frames) for move in moves[::2]]
             windows.append((pictures, [clip.sound(k / clip.fps + move, seconds) for move in moves[1::2]]))
         out = []
         for which in range(2 if self.negatives else 1):  # as they are, shifted
             rows = windows[: self.negatives] if which else windows
-            waves = torch.stack([sounds[which] for _, sounds in rows])
-            out += [torch.stack([pictures[which] for pictures, _ in rows]), normalised_mel(waves, c, self.front)]
+            rows = [[x[which] if which < len(x) else windows[i - self.apart][side][0] for side, x in enumerate(row)]
+                    for i, row in enumerate(rows)]
+            pictures, waves = map(torch.stack, zip(*rows))
+            out += [pictures, normalised_mel(waves, c, self.front)]
         return out
 
     def move(self, rng, k, clip):
-        """Seconds, within `shift`, by which the window at frame k is cut earlier or later, where the clip goes on."""
+        """Seconds, within `shift`, by which the window at frame k is cut earlier or later, where the clip goes on; less
+        than that where it goes on for less, which must be a frame at least."""
         (low, high), room = self.shift, (k / clip.fps, (clip.T - self.config.frames - k) / clip.fps)
         sides = [sign * min(high, space) for sign, space in zip((-1, 1), room) if space > low - 1e-6]
-        side = sides[rng.integers(len(sides))]
+        side = sides[rng.integers(len(sides))] if sides else max((-room[0], room[1]), key=abs)
         return math.copysign(rng.uniform(min(low, abs(side)), abs(side)), side)
 
     def draw(self, step, rng):
@@ -398,7 +412,9 @@ class PairBatches:
             if source in WORLDS:
                 fresh.append((i, WORLDS[source]))
             else:
-                out[i] = open_encoded(source[rng.integers(len(source))])
+                files = isinstance(source, FileCache)
+                path = source.paths[source.draw(rng)] if files else source[rng.integers(len(source))]
+                out[i] = open_encoded(path)
         if fresh:
             self.vae = self.vae or vae.load(self.vae_path)
             seconds = c.frames / c.fps + (2 * self.shift[1] if self.negatives else 0)
@@ -410,8 +426,9 @@ class PairBatches:
 
 
 def normalised_mel(waves, config, front):
-    """Waves (B, S) -> normalised mel (B, M, L)."""
-    return (log_mel(waves, front) - config.mel_mean) / config.mel_std
+    """Waves (B, S) of a window -> normalised mel (B, M, L), whole frames of it."""
+    mel = log_mel(waves, front)[..., : whole_mel_frames(config.frames, config)]
+    return (mel - config.mel_mean) / config.mel_std
 
 
 def encode_clips(clips, autoencoder):
@@ -424,18 +441,24 @@ def encode_clips(clips, autoencoder):
 def train_cmmd(args):
     """The joint model (Eq. 2): --first-lesson steps with one side clean, then the mixture (both ours); with --eta the
     joint contrastive loss (Eq. 6), with --margin its bounded form."""
-    autoencoder, front = vae.load(args.vae), SMALL_VOCODER
+    autoencoder, front = vae.load(args.vae).to(args.device), SMALL_VOCODER
     model = initial(CMMD, lambda path: load(path, CMMD), default_config(autoencoder, front, args), args)
+    sources = open_data(args, lambda entry, cache: encoded_files(entry, cache, autoencoder, model.config, args))
+    shares = training_share(args, sources)
+    if not args.init:
+        model.config = replace(model.config, **mel_level(shares, model.config, front, args) | args.config)
     model.config = config = replace(model.config, shift=args.time_shift or model.config.shift)
     state = State({"cmmd": model}, "cmmd", args)
-    apart = len(args.data) if args.batch > len(args.data) else 1  # to the next clip of the same source, see PairBatches
+    files = [cached_clips(args, x, autoencoder, config) if args.clips and x in WORLDS else x for x in shares]
+    negatives = round(args.negatives * args.batch) if args.eta else 0
+    batches = PairBatches(args.batch, args.seed, config, front, args.vae, tuple(files), negatives, tuple(args.shift))
 
     def update(state, batch):
         pair, shifted, first = batch[:2], batch[2:] or [x[:0] for x in batch], state.step < args.first_lesson
         times = draw_times(len(pair[0]), first, args.shares, config.shift)
         times = [t.to(pair[0].device) for t in times]
         noise = [torch.randn_like(x) for x in pair]
-        wrong = [draw_negatives(x[: len(y)], y, x.roll(apart, 0)[: len(y)], dim, args.kinds)
+        wrong = [draw_negatives(x[: len(y)], y, x.roll(batches.apart, 0)[: len(y)], dim, args.kinds)
                  for x, y, dim in zip(pair, shifted, (1, 2)) if len(y)] or shifted
         loss = contrastive_loss(model, pair, times, noise, wrong, args.eta, args.margin, args.motion if first else 0.0)
         state.descend("cmmd", loss.total)
@@ -443,35 +466,71 @@ def train_cmmd(args):
                  "wrong_video": loss.wrong_video.sum(dim=1)}
         return {name: x.mean().detach() for name, x in parts.items() if len(x)}
 
-    unseen = [HeldOut(name, autoencoder, config, front, args.device) for name in args.data]
-    evaluate = lambda ema: {f"{name} {one.name}": x for one in unseen for name, x in one.figures(ema).items()}
-    negatives = round(args.negatives * args.batch) if args.eta else 0
-    sources = [cached_clips(args, name, autoencoder, config) if args.clips else name for name in args.data]
-    batches = PairBatches(args.batch, args.seed, config, front, args.vae, tuple(sources), negatives, tuple(args.shift))
+    itself = lambda source: source
+    unseen = [HeldOut(entry, source, autoencoder, config, front, args.device, dict(zip(args.data, shares))[entry])
+              for entry, source in held_out(args, sources, itself, itself).items()]
+
+    def evaluate(ema):
+        figures = {}
+        for one in unseen:
+            file = f"cmmd-{re.sub('[^A-Za-z0-9]+', '-', one.name).strip('-')}-{state.step}.png"
+            found = one.figures(ema, Path(args.out) / file)
+            figures |= {f"{name} {one.name}": x for name, x in found.items()}
+        return figures
+
     return run(state, batches, update, evaluate, args)
 
 
 class HeldOut:
-    """Validation clips of a world, encoded, and what a model makes of them."""
+    """Validation clips of a world, or windows of a folder's validation files, encoded, and what a model makes of them.
+
+    From the middle of each file, or more from long ones where there are few; `training` files tell what is typical."""
 
     clips = 48
 
-    def __init__(self, name, autoencoder, config, front, device):
-        self.name, self.vae, self.front, seconds = name, autoencoder.to(device), front, config.frames / config.fps
-        self.clips = [WORLDS[name](VALIDATION_SEED + i, seconds, config.fps, config.size) for i in range(self.clips)]
-        encoded = encode_clips(self.clips, autoencoder)
-        self.latents = torch.stack([clip.picture(0, config.frames) for clip in encoded]).to(device)
-        self.mel = normalised_mel(torch.stack([clip.sound(0, seconds) for clip in encoded]), config, front).to(device)
+    def __init__(self, name, source, autoencoder, config, front, device, training=None):
+        self.name, self.vae, self.front, self.config = name, autoencoder, front, config
+        if isinstance(source, FileCache):
+            self.worlds, windows = None, self.windows(source)
+            self.typical = envelope(log_mel(self.sounds(self.windows(training, 512)), front)).mean(axis=0)
+        else:
+            seconds, seeds = config.frames / config.fps, range(VALIDATION_SEED, VALIDATION_SEED + self.clips)
+            self.worlds = [source(seed, seconds, config.fps, config.size) for seed in seeds]
+            windows = [(clip, 0) for clip in encode_clips(self.worlds, autoencoder)]
+        self.waves = self.sounds(windows)
+        self.latents = torch.stack([clip.picture(k, config.frames) for clip, k in windows]).to(device)
+        self.mel = normalised_mel(self.waves, config, front).to(device)
+        self.moved = None if self.worlds else self.movement(self.latents)
 
-    def figures(self, model, steps=8):
-        """Onset F1 and pitch (of `bounce`) of sounds made for the pictures, F1 of events in pictures made for the sounds;
-        each side's loss at t = 0.95, the other clean, or clean and wrong."""
+    def windows(self, files, most=None):
+        """About `most` windows (clip, first frame), spread over the files."""
+        c, most = self.config, most or self.clips
+        picked = range(0, len(files.paths), -(-len(files.paths) // most))
+        clips = [open_encoded(files.paths[i]) for i in picked]
+        count = lambda clip: max(1, min(clip.T // c.frames, most // len(clips)))
+        first = lambda clip, i: round((clip.T - c.frames) * (i + 0.5) / count(clip))
+        return [(clip, first(clip, i)) for clip in clips for i in range(count(clip))]
+
+    def sounds(self, windows):
+        """Their waves (N, S)."""
+        c = self.config
+        return torch.stack([clip.sound(k / c.fps, c.frames / c.fps) for clip, k in windows])
+
+    def movement(self, latents):
+        """How much moves in the lower middle of the pictures, where a face's mouth is -> (N, T - 1), numpy."""
+        frames = self.vae.decode(latents)
+        H, W = frames.shape[3:]
+        part = frames[..., H // 2 :, W // 4 : W - W // 4]
+        return part.diff(dim=1).abs().mean(dim=(2, 3, 4)).double().cpu().numpy()
+
+    def figures(self, model, path, steps=8):
+        """How well sounds made for the pictures, and pictures made for the sounds, fit; each side's loss at t = 0.95,
+        the other clean, or clean and wrong. `path`: a PNG of the first clip over its true and its made sound."""
         x, seeds = (self.latents, self.mel), range(len(self.mel))
         sounds = generate(model, x[0], steps=steps, seeds=seeds, window_batch=16)[1]
-        out = sound_scores(model.denormalise(sounds).cpu().numpy(), self.clips, self.front)
+        sounds = model.denormalise(sounds).cpu().numpy()[..., : self.mel.shape[2]]
         made = generate(model, audio=x[1], frames=x[0].shape[1], steps=steps, seeds=seeds, window_batch=16)[0]
-        seen = [picture_events(frames, model.config.fps, self.name)[0] for frames in to_uint8(self.vae.decode(made))]
-        out["seen_100"] = float(scores(event_counts(seen, [clip.times for clip in self.clips], 0.1).sum(0)).f1)
+        out = self.world_figures(sounds, made) if self.worlds else self.file_figures(sounds, made)
         high, zero = (torch.full((len(seeds),), t).to(self.mel) for t in (0.95, 0.0))
         for name, other in (("", x), ("_wrong", [y.roll(1, 0) for y in x])):
             torch.manual_seed(0)
@@ -479,7 +538,37 @@ class HeldOut:
             with torch.no_grad():
                 out["video" + name] = float(joint_loss(model, x[0], other[1], high, zero, *noise)[:, 0].mean())
                 out["audio" + name] = float(joint_loss(model, other[0], x[1], zero, high, *noise)[:, 1].mean())
+        frames = to_uint8(self.vae.decode(x[0][:1]))[0]
+        write_png(path, picture(frames, [self.waves[0].numpy(), sounds[0]], self.config.fps, self.config.sample_rate))
         return out
+
+    def world_figures(self, sounds, made):
+        """Onset F1 and pitch (of `bounce`) of sounds (N, M, L), F1 of events in pictures, latents (N, T, C, H, W)."""
+        out = sound_scores(sounds, self.worlds, self.front)
+        seen = [picture_events(frames, self.config.fps, self.name)[0] for frames in to_uint8(self.vae.decode(made))]
+        out["seen_100"] = float(scores(event_counts(seen, [clip.times for clip in self.worlds], 0.1).sum(0)).f1)
+        return out
+
+    def file_figures(self, sounds, made):
+        """Correlation over time with the truth of the loudness of sounds, less what is typical of the training files,
+        and of the movement in pictures; beside each that with other clips, which is chance."""
+        out = {}
+        true = envelope(log_mel(self.waves, self.front))[:, : sounds.shape[2]]
+        for name, one, other, typical in (("envelope", envelope(sounds), true, self.typical[: sounds.shape[2]]),
+                                          ("motion", self.movement(made), self.moved, None)):
+            at = lambda by: np.nanmean(envelope_correlation(one, np.roll(other, by, 0), typical))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)  # the mean of nothing, where all are still, is NaN
+                out |= {name: float(at(0)), f"{name}_wrong": float(np.mean([at(i) for i in range(1, len(one))]))}
+        return out
+
+
+def encoded_files(entry, cache, autoencoder, config, args):
+    """An entry of --data -> FileCache of its clips in this autoencoder's latents, see `data.cache_clips`."""
+    encode = lambda frames: autoencoder.encode(to_frames(frames)[None].to(args.device))[0]
+    around = config.frames / config.fps + 2 * args.shift[1]  # so that windows can be shifted
+    return cache_clips(entry, cache, encode, fingerprint(autoencoder), config.fps, config.size, config.sample_rate,
+                       config.frames, around)
 
 
 def cached_clips(args, name, autoencoder, config):
@@ -508,13 +597,26 @@ def fingerprint(autoencoder):
 
 
 def default_config(autoencoder, front, args):
-    """`demo` sizes for these latents and this front end, the mel's mean and deviation measured on 512 fresh sounds."""
-    worlds = [WORLDS[name] for name in args.data]
-    sounds = [worlds[i % len(worlds)](clip_seed(args.seed, 10**7, i, 1), size=0).audio for i in range(512)]
-    mel = log_mel(torch.from_numpy(np.stack(sounds)), front)
+    """`demo` sizes for these latents and this front end, windows of 1.8 s (P)."""
     same = {name: getattr(front, name) for name in ("sample_rate", "n_fft", "hop", "mel_bins", "f_min", "f_max")}
-    return CMMDConfig(latent_channels=autoencoder.config.latent_channels, **same,
-                      mel_mean=round(float(mel.mean()), 3), mel_std=round(float(mel.std()), 3))
+    fps = args.config.get("fps", CMMDConfig.fps)
+    frames = max(1, round(1.8 * fps)) if isinstance(fps, (int, float)) else CMMDConfig.frames
+    return CMMDConfig(latent_channels=autoencoder.config.latent_channels, frames=frames, **same)
+
+
+def mel_level(sources, config, front, args):
+    """The mel's mean and deviation over 512 training sounds, the sources taking turns."""
+    sounds, seconds = [], config.frames / config.fps
+    for i in range(512):
+        source, seed = sources[i % len(sources)], clip_seed(args.seed, 10**7, i, 1)
+        if isinstance(source, FileCache):
+            rng = np.random.default_rng(seed)
+            clip = open_encoded(source.paths[source.draw(rng)])
+            sounds.append(clip.sound(int(rng.integers(clip.T - config.frames + 1)) / clip.fps, seconds))
+        else:
+            sounds.append(torch.from_numpy(WORLDS[source](seed, seconds, size=0, sample_rate=config.sample_rate).audio))
+    mel = log_mel(torch.stack(sounds), front)
+    return dict(mel_mean=round(float(mel.mean()), 3), mel_std=round(float(mel.std()), 3))
 
 
 # ---- Command line
@@ -583,10 +685,11 @@ def arguments(argv):
         task.add_argument("--log-every", type=int, default=20)
         task.add_argument("--eval-every", type=int, default=400)
         task.add_argument("--save-every", type=int, default=100)
-        if name != "cmmd":
-            task.add_argument("--data", nargs="+", default=["bounce"], metavar="FOLDER",
-                              help=f"folders of media files and worlds ({', '.join(WORLDS)}), in equal shares")
-            task.add_argument("--cache", help="where their files are kept decoded (default: OUT/cache)")
+        task.add_argument("--data", nargs="+", default=["bounce"], metavar="DATA", help="in equal shares: folders of "
+                          f"media files, worlds ({', '.join(WORLDS)}), aist:FOLDER:SPLIT_LIST.txt (AIST++) and "
+                          "epic:FOLDER:ANNOTATIONS.csv (EPIC-Sounds); of 25 files one is held out for validation, one "
+                          "for tests, by their names")
+        task.add_argument("--cache", help="where their files are kept decoded, or encoded (default: OUT/cache)")
         if name == "vae":
             task.add_argument("--freeze-encoder", action="store_true", help="train the decoder alone, latents stay")
         if name == "vocoder":
@@ -595,7 +698,6 @@ def arguments(argv):
             task.add_argument("--mel-weight", type=float, default=0.01, help="of the mel loss before that step")
             task.add_argument("--discriminator-channels", type=int, default=256, help="at most (MelGAN's: 1024)")
         if name == "cmmd":
-            task.add_argument("--data", nargs="+", default=["bounce"], choices=WORLDS, help="worlds, in equal shares")
             task.add_argument("--vae", required=True, help="weights of the autoencoder")
             task.add_argument("--first-lesson", type=int, default=400, help="steps with one side clean")
             task.add_argument("--motion", type=number(0, 1), default=0.0, help="share of the video loss's weight that "
@@ -603,8 +705,8 @@ def arguments(argv):
             task.add_argument("--time-shift", type=number(0.01, 100), help="of the video's noise level where both share "
                               "one t (cmmd.levels); 1: the paper's (default: that of --init, or 1)")
             task.add_argument("--clips", type=number(0, 10**7, int), default=0,
-                              help="draw so many once and cut windows from them; 0: always fresh")
-            task.add_argument("--cache", help="folder of those clips (default: OUT/cache)")
+                              help="of a world, draw so many once, into the cache, and cut windows from them; 0: "
+                              "always fresh")
             task.add_argument("--eta", type=number(0), default=0.0, help="weight of Eq. 6's contrastive terms; 0: none")
             task.add_argument("--margin", type=number(0), help="bound them: negatives worse by this are left alone")
             task.add_argument("--negatives", type=number(0, 1), default=0.25, help="share of the batch that has them")
