@@ -215,8 +215,11 @@ def test_cmmd_schedule_inverse_pairs_and_ends():
 def test_cmmd_demo_sizes_are_the_designs():
     assert [mel_frames(T, CMMDConfig()) for T in (1, 4, 18, 36)] == [7, 25, 113, 225]
     assert [whole_mel_frames(T, CMMDConfig()) for T in (1, 4, 18, 36)] == [6, 25, 112, 225]  # P: 18 and 112
-    parameters = sum(x.numel() for x in CMMD().parameters()) / 1e6
-    assert 8 < parameters < 16
+    parameters = {fusion: sum(x.numel() for x in CMMD(CMMDConfig(fusion=fusion)).parameters()) / 1e6
+                  for fusion in ("learned", "attention", "none")}
+    assert 8 < parameters["learned"] < 16 and parameters["none"] < 0.95 * parameters["learned"]
+    fused = [parameters[fusion] - parameters["none"] for fusion in ("attention", "learned")]
+    assert fused[0] == pytest.approx(fused[1], rel=0.02)
 
 
 @pytest.mark.parametrize("changes", [
@@ -228,7 +231,7 @@ def test_cmmd_config_refuses(changes):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("fusion", ["learned", "mean", "none"])
+@pytest.mark.parametrize("fusion", ["learned", "mean", "attention", "none"])
 def test_cmmd_any_length_and_what_fusion_lets_through(full_precision, fusion):
     model, t = tiny_model(fusion=fusion), torch.tensor([0.5])
     for T, L in ((1, 7), (5, 31), (18, 113), (3, 1)):
@@ -279,7 +282,28 @@ def test_cmmd_averaging_goes_by_true_time():
     assert torch.allclose(cmmd.phase(20, 0.02, 10), torch.stack([angle.cos(), angle.sin()]), atol=1e-5)
 
 
-@pytest.mark.parametrize("changes", [dict(), dict(fusion="mean")])
+def test_cmmd_attention_fusion_starts_at_the_same_true_time(full_precision):
+    """A video and a sound that show their own time: what each finds in the other is the time that it has itself."""
+    torch.manual_seed(0)
+    fusion = cmmd.AttentionFusion(32, 64, CMMDConfig(heads=2))
+    fusion.norm_video, fusion.norm_audio = nn.Identity(), nn.Identity()
+    with torch.no_grad():
+        for into, out in ((fusion.from_video, fusion.to_audio), (fusion.from_audio, fusion.to_video)):
+            for layer in (into, out):
+                layer.weight.zero_()
+            into.bias.mul_(2)  # twice as sharp as a new one
+            into.bias[-1], into.weight[-1, 0] = 0.0, 1.0  # the last value is what channel 0 holds
+            out.bias[0], out.weight[0, -1] = 0.0, 1.0  # and goes to channel 0
+        shown, heard = (torch.arange(18) + 0.5) / 10, (torch.arange(112) + 0.5) * 0.016
+        video, audio = torch.zeros(18, 32, 2, 2), torch.zeros(1, 64, 112)
+        video[:, 0], audio[:, 0] = shown[:, None, None], heard
+        seen, found = (made[:, 0] - had[:, 0] for made, had in zip(fusion(video, audio, 0.016), (video, audio)))
+    inner = slice(3, -3)  # at the ends there is something on one side alone
+    assert (seen - shown[:, None, None])[inner].abs().max() < 0.03 and (seen[:, 1, 1] - seen[:, 0, 0]).abs().max() < 1e-5
+    assert (found[0] - heard)[20:-20].abs().max() < 0.03
+
+
+@pytest.mark.parametrize("changes", [dict(), dict(fusion="mean"), dict(fusion="attention")])
 def test_cmmd_bf16_is_close_to_float32(full_precision, changes):
     model, t = tiny_model(**changes), torch.tensor([0.3, 0.9])
     inputs = noise(2, 18, 4, 4, 4), noise(2, 80, 113), t, t.flip(0)
