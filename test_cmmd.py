@@ -499,6 +499,41 @@ def test_cmmd_samplers_converge_to_the_exact_solution():
     assert all(a < 0.7 * b for a, b in zip(dpm, ddim)) and dpm[2] < 0.003
 
 
+DIFFUSERS_START = torch.linspace(-1.5, 1.5, 5)  # of six steps, of which number i draws this noise:
+DIFFUSERS_NOISE = [torch.cos(5.0 * (i + 1) * (DIFFUSERS_START + 2)) for i in range(6)]
+
+
+def diffusers_clean(x, t):
+    """The clean data that a velocity of sin(2x + 3t) predicts."""
+    return denoise(x, torch.sin(2 * x + 3 * t), t)[0]
+
+
+@pytest.mark.parametrize("sampler, s, wanted", [
+    ("ddim", 0.0, [-0.463391, -0.442415, -0.369737, 1.895140, 2.348547]),
+    ("ddim", 0.6, [-0.347413, -0.133971, -0.334276, -0.144987, 0.310690]),
+    ("dpm", 0.0, [-0.506255, -0.440615, -0.314027, 2.108238, 2.512048])])
+def test_cmmd_samplers_equal_diffusers(sampler, s, wanted):
+    """Stored outputs of diffusers 0.42.1: DDIMScheduler and DPMSolverMultistepScheduler ("dpmsolver++", order 2,
+    "midpoint"), v_prediction, float64, alphas_cumprod set to ours at the six times. Our s was made there by a new eta at
+    each step, see below. The solver knows no t = 1, of infinite noise, so its first step is its DDIM's."""
+    fresh = iter(DIFFUSERS_NOISE)
+    made = cmmd.integrate(lambda x, t, _: [diffusers_clean(x[0], t), None], [DIFFUSERS_START, None], 1, 6, sampler, s,
+                          lambda side: next(fresh))[0]
+    torch.testing.assert_close(made, torch.tensor(wanted), rtol=0, atol=1e-5)
+
+
+def test_cmmd_ddim_equals_diffusers_at_its_own_eta():
+    """DDIM's eta, 1 for DDPM's noise, is at each step our s = eta sqrt((1 - a / a') / (1 - a)), a and a' being alpha_bar
+    before and after; so one s for all steps is another eta at each. Stored output, as above, for eta = 0.9."""
+    x = DIFFUSERS_START
+    for i, fresh in enumerate(DIFFUSERS_NOISE):
+        t, t_next = 1 - i / 6, 1 - (i + 1) / 6
+        a, after = (float(cmmd.alpha_bar(torch.tensor(u, dtype=torch.float64))) for u in (t, t_next))
+        x = cmmd.ddim_step(x, diffusers_clean(x, t), t, t_next, 0.9 * math.sqrt((1 - a / after) / (1 - a)), fresh)
+    wanted = torch.tensor([-0.299307, 2.433868, -0.291983, -0.252060, -0.233781])
+    torch.testing.assert_close(x, wanted, rtol=0, atol=1e-5)
+
+
 def test_cmmd_same_seed_gives_the_same_sample_in_any_batch(full_precision):
     model, video = tiny_model(), noise(2, 5, 4, 4, 4)
     together = generate(model, video, steps=2, stochasticity=0.5, seeds=(3, 5))[1]
