@@ -415,6 +415,23 @@ def test_cmmd_contrastive_loss_is_eq_6(full_precision):
     torch.testing.assert_close(none.total, positive.sum(1).mean(), rtol=1e-4, atol=1e-6)
 
 
+def test_cmmd_contrastive_loss_beside_clean_video_is_eq_4(full_precision):
+    """Eq. 4 (CDCD's): the conditional loss of the sound alone, less eta times that of wrong sounds; and as Eq. 6 is for
+    both, a third term for the wrong conditions, here wrong clean videos, that Eq. 4 has not."""
+    model, video, audio = tiny_model(), noise(3, 5, 4, 4, 4), noise(3, 80, 31)
+    eps, t = noise(3, 80, 31, seed=2), torch.tensor([0.6, 0.9, 0.3])
+    wrong = noise(3, 5, 4, 4, 4, seed=3), noise(3, 80, 31, seed=4)
+    signal, sigma = torch.cos(t * math.pi / 2)[:, None, None], torch.sin(t * math.pi / 2)[:, None, None]
+
+    def conditional(sound, picture):  # L_cdiff
+        made = model(picture, signal * sound + sigma * eps, torch.zeros(3), t)[1]
+        return (made - (signal * eps - sigma * sound)).square().mean()
+
+    loss = contrastive_loss(model, (video, audio), (torch.zeros(3), t), (noise(3, 5, 4, 4, 4, seed=1), eps), wrong, 0.3)
+    eq_4 = conditional(audio, video) - 0.3 * conditional(wrong[1], video)
+    torch.testing.assert_close(loss.total, eq_4 - 0.3 * conditional(audio, wrong[0]), rtol=1e-4, atol=1e-6)
+
+
 def test_cmmd_contrastive_loss_bounded_leaves_bad_negatives_alone(full_precision):
     """With a margin a negative pulls only while it is less than that worse than its positive, which then stays put."""
     model, pair = tiny_model(), (noise(2, 5, 4, 4, 4), noise(2, 80, 31))
@@ -650,6 +667,26 @@ def test_cmmd_gradient_of_eq_3_equals_finite_differences(full_precision, given, 
     velocities = windows.velocities(model, x, [0.6, 0.6])
     for side in (0, 1):
         torch.testing.assert_close(x_0[side], denoise(x[side], velocities[side], 0.6)[0], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("given", [0, 1])
+def test_cmmd_replace_is_eq_5_and_guide_eq_3(full_precision, given):
+    """The given side enters at every t with one and the same noise; guide subtracts lambda sqrt(alpha_bar) times the
+    gradient from what replace predicts, so with lambda = 0 it is replace."""
+    model, windows = tiny_model(frames=6), Windows(13, CMMDConfig(**TINY | dict(size=32, frames=6)), 4, 3)
+    shapes = (2, windows.T, 4, 4, 4), (2, 80, windows.L)
+    x, eps, known = [noise(*s) for s in shapes], [noise(*s, seed=1) for s in shapes], noise(*shapes[given], seed=2)
+    for t in (0.9, 0.3):
+        signal, sigma, noisy = math.cos(t * math.pi / 2), math.sin(t * math.pi / 2), list(x)
+        noisy[given] = signal * known + sigma * eps[given]
+        plain = denoise(x[1 - given], windows.velocities(model, noisy, [t, t])[1 - given].detach(), t)[0]
+        free = noisy[1 - given] = x[1 - given].clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(reconstruction_error(model, windows, noisy, t, known, given), free)
+        for how, weight in (("replace", None), ("guide", 0.0), ("guide", 0.7), ("guide", None)):
+            with torch.no_grad():
+                made = cmmd._predictor(model, windows, known, given, how, weight)(x, t, eps)[1 - given]
+            pull = {"replace": 0.0, "guide": 1.0 if weight is None else weight}[how]  # lambda is 1 by default
+            torch.testing.assert_close(made, plain - pull * signal * gradient, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("size", [1, 7, 1000])
@@ -2386,8 +2423,9 @@ def told_apart(real, fake):
     return ((x[~fitted] @ w > 0) == (y[~fitted] > 0)).mean()
 
 
-def test_train_shifted_sounds_have_no_seam(tmp_path):
-    """A classifier that sees where sounds were rolled cannot tell re-cropped ones, our negatives, from true ones."""
+def test_train_shifted_and_swapped_sounds_have_no_seam(tmp_path):
+    """Negatives are wrong only as partners. A classifier that sees where sounds were rolled cannot tell re-cropped ones,
+    our shifts, from true ones; swaps are true ones; splices, as the paper makes them, it can tell by their seam."""
     rng, t = np.random.default_rng(0), np.arange(26 * 1600) / 16000
     for i in range(40):  # gliding tones
         glide = np.cumsum(2 * np.pi * (700 + 500 * np.sin(2 * np.pi * (0.7 * t + rng.random())))) / 16000
@@ -2397,7 +2435,10 @@ def test_train_shifted_sounds_have_no_seam(tmp_path):
     real, shifted = torch.cat([x[1] for x in out]), torch.cat([x[3] for x in out])
     rolled = torch.stack([mel.roll(int(by), 1) for mel, by in zip(real, rng.integers(6, 26, len(real)))])
     assert told_apart(real.numpy(), rolled.numpy()) > 0.75
-    assert told_apart(real.numpy(), shifted.numpy()) < 0.56  # 640 judged: standard error 0.02
+    shift, splice, swap = (draw_negatives(real, shifted, real.roll(1, 0), 2, kind) for kind in torch.eye(3).tolist())
+    assert torch.equal(shift, shifted) and torch.equal(swap, real.roll(1, 0))
+    assert told_apart(real.numpy(), shift.numpy()) < 0.56  # 640 judged: standard error 0.02
+    assert told_apart(real.numpy(), splice.numpy()) > 0.75
 
 
 def test_train_cache_refuses_what_is_torn(tmp_path):
