@@ -855,8 +855,9 @@ def in_pieces(function, *xs, size=2**18):
 
 
 def ddim_step(x_t, x_0, t, t_next, stochasticity=0.0, fresh=0.0):
-    """Eq. 3, second line, as DDIM reads it: the noise is what x_0 leaves of x_t; a share s of it may be drawn anew. DDIM's
-    own eta (1: DDPM's noise) is s = eta sqrt((1 - a / a') / (1 - a)), a and a' being alpha_bar at t and t_next."""
+    """Eq. 3, second line, as DDIM reads it: the noise is what x_0 leaves of x_t; a share s of it may be drawn anew.
+
+    DDIM's eta (1: DDPM's noise) is s = eta sqrt((1 - a / a') / (1 - a)), a and a' being alpha_bar at t and t_next."""
     signal, sigma = _scales(t, x_t)
     noise = (x_t - signal * x_0) / sigma
     return diffuse(x_0, math.sqrt(1 - stochasticity**2) * noise + stochasticity * fresh, t_next)
