@@ -279,7 +279,8 @@ class CMMDConfig:
     size: of the frames in pixels, 8 times that of the latents; frames: a training window's; mel_mean, mel_std: of the
     log10 mel, so that the normalised one is about N(0, 1); video_channels, audio_channels: width of each level;
     blocks: pairs of blocks a level; attention: over time, level by level; fusion: what crosses between the modalities,
-    "learned" (pooled where a 1x1 convolution looks), "mean" (spatial mean) or "none"; shift: see `levels`."""
+    "learned" (pooled where a 1x1 convolution looks), "mean" (spatial mean), "attention" (AttentionFusion) or "none";
+    shift: see `levels`."""
 
     size: int = 64
     fps: float = 10
@@ -309,8 +310,8 @@ class CMMDConfig:
             raise ValueError("CMMD needs video_channels, audio_channels and attention of one length, a value a level")
         if any(c % self.groups or c % (2 * self.heads) for c in self.video_channels + self.audio_channels):
             raise ValueError(f"CMMD channels must be multiples of groups {self.groups} and twice heads {self.heads}")
-        if self.fusion not in ("learned", "mean", "none"):
-            raise ValueError(f"CMMD fusion is {self.fusion!r}, expected 'learned', 'mean' or 'none'")
+        if self.fusion not in ("learned", "mean", "attention", "none"):
+            raise ValueError(f"CMMD fusion is {self.fusion!r}, expected 'learned', 'mean', 'attention' or 'none'")
         if min(self.size, self.fps, self.frames, self.blocks, self.mel_std, self.shift) <= 0:
             raise ValueError("CMMD size, fps, frames, blocks, mel_std and shift must be above 0")
 
@@ -350,18 +351,28 @@ class Attention(nn.Module):
         self.out = zeroed(nn.Linear(c, c))
 
     def forward(self, x):
-        N, S, C = x.shape
-        q, k, v = self.qkv(self.norm(x)).reshape(N, S, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
-        turn = rotary(S, C // self.heads, x.device)
-        scores = rotate(q, turn) @ rotate(k, turn).transpose(-1, -2) * (C // self.heads) ** -0.5
-        h = scores.softmax(dim=-1).to(v.dtype) @ v  # torch's fused one is 10 times slower in bf16 backward on a CPU
-        return x + self.out(h.transpose(1, 2).reshape(N, S, C))  # (N, heads, S, C/heads) -> (N, S, C)
+        q, k, v = turned_heads(self.qkv(self.norm(x)), self.heads, torch.arange(x.shape[1], device=x.device))
+        return x + self.out(attend(q, k, v))
 
 
-def rotary(S, d, device):
-    """cos and sin, each (S, d/2), of S positions under d/2 frequencies (Su et al., RoFormer)."""
-    rates = 1000.0 ** (-torch.arange(d // 2, device=device) / (d // 2))
-    angles = torch.arange(S, device=device)[:, None] * rates
+def turned_heads(x, heads, positions):
+    """x (N, S, 3C) -> queries and keys, turned by rotary `positions` (S,), and values, each (N, heads, S, C/heads)."""
+    q, k, v = x.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    turn = rotary(positions, v.shape[-1])
+    return rotate(q, turn), rotate(k, turn), v
+
+
+def attend(q, k, v):
+    """Queries (N, heads, S, d), keys and values (N, heads, R, d) -> (N, S, heads*d)."""
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    h = scores.softmax(dim=-1).to(v.dtype) @ v  # torch's fused one is 10 times slower in bf16 backward on a CPU
+    return h.transpose(1, 2).flatten(2)
+
+
+def rotary(positions, d):
+    """cos and sin, each (S, d/2), of positions (S,) under d/2 frequencies (Su et al., RoFormer)."""
+    rates = 1000.0 ** (-torch.arange(d // 2, device=positions.device) / (d // 2))
+    angles = positions[:, None] * rates
     return angles.cos(), angles.sin()
 
 
@@ -522,6 +533,34 @@ class EasyFusion(nn.Module):
         return everywhere[:, :, None, None] + there.reshape(N, C, H, W)
 
 
+class AttentionFusion(nn.Module):
+    """What easy fusion is measured against, at as many parameters: cross-attention. Each mel frame looks at all of
+    the video's T*H*W places, each place at all mel frames; rotary positions tell true time. Cost O(L*T*H*W*C)."""
+
+    def __init__(self, video, audio, config):
+        super().__init__()
+        self.config, heads = config, config.heads
+        width = 2 * heads * max(1, round(1.6 * video * audio / (video + audio) / (2 * heads)))  # EasyFusion's count
+        self.norm_video, self.norm_audio = nn.GroupNorm(config.groups, video), nn.GroupNorm(config.groups, audio)
+        self.from_video, self.from_audio = nn.Linear(video, 3 * width), nn.Linear(audio, 3 * width)
+        self.to_video, self.to_audio = nn.Linear(width, video), nn.Linear(width, audio)
+        for layer in (self.from_video, self.from_audio):  # starts by looking at what is there at the same time
+            nn.init.constant_(layer.bias[: 2 * width], 2.0)
+
+    def forward(self, video, audio, step):
+        """As EasyFusion's."""
+        B, L, (N, C, H, W), device = len(audio), audio.shape[2], video.shape, audio.device
+        places = self.norm_video(video).unflatten(0, (B, -1)).permute(0, 1, 3, 4, 2).flatten(1, 3)  # (B, T*H*W, C)
+        shown = (torch.arange(N // B, device=device) + 0.5).repeat_interleave(H * W)  # times in video frames
+        heard = (torch.arange(L, device=device) + 0.5) * step * self.config.fps
+        q_video, k_video, v_video = turned_heads(self.from_video(places), self.config.heads, shown)
+        q_audio, k_audio, v_audio = turned_heads(
+            self.from_audio(self.norm_audio(audio).transpose(1, 2)), self.config.heads, heard)
+        seen = self.to_video(attend(q_video, k_audio, v_audio))
+        found = self.to_audio(attend(q_audio, k_video, v_video)).transpose(1, 2)  # (B, L, Ca) -> (B, Ca, L)
+        return video + seen.reshape(N, H, W, C).permute(0, 3, 1, 2), audio + found
+
+
 class Pair(nn.Module):
     """A video block, an audio block, and the fusion after them."""
 
@@ -529,7 +568,8 @@ class Pair(nn.Module):
         super().__init__()
         self.video = VideoBlock(*video, embedding, config, attention)
         self.audio = AudioBlock(*audio, embedding, config, attention)
-        self.fusion = EasyFusion(video[1], audio[1], config) if config.fusion != "none" else None
+        fusion = AttentionFusion if config.fusion == "attention" else EasyFusion
+        self.fusion = fusion(video[1], audio[1], config) if config.fusion != "none" else None
 
     def forward(self, video, audio, time, step):
         video, audio = self.video(video, time), self.audio(audio, time)
@@ -830,7 +870,9 @@ def in_pieces(function, *xs, size=2**18):
 
 
 def ddim_step(x_t, x_0, t, t_next, stochasticity=0.0, fresh=0.0):
-    """Eq. 3, second line, as DDIM reads it: the noise is what x_0 leaves of x_t; a share s of it may be drawn anew."""
+    """Eq. 3, second line, as DDIM reads it: the noise is what x_0 leaves of x_t; a share s of it may be drawn anew.
+
+    DDIM's eta (1: DDPM's noise) is s = eta sqrt((1 - a / a') / (1 - a)), a and a' being alpha_bar at t and t_next."""
     signal, sigma = _scales(t, x_t)
     noise = (x_t - signal * x_0) / sigma
     return diffuse(x_0, math.sqrt(1 - stochasticity**2) * noise + stochasticity * fresh, t_next)

@@ -215,8 +215,11 @@ def test_cmmd_schedule_inverse_pairs_and_ends():
 def test_cmmd_demo_sizes_are_the_designs():
     assert [mel_frames(T, CMMDConfig()) for T in (1, 4, 18, 36)] == [7, 25, 113, 225]
     assert [whole_mel_frames(T, CMMDConfig()) for T in (1, 4, 18, 36)] == [6, 25, 112, 225]  # P: 18 and 112
-    parameters = sum(x.numel() for x in CMMD().parameters()) / 1e6
-    assert 8 < parameters < 16
+    parameters = {fusion: sum(x.numel() for x in CMMD(CMMDConfig(fusion=fusion)).parameters()) / 1e6
+                  for fusion in ("learned", "attention", "none")}
+    assert 8 < parameters["learned"] < 16 and parameters["none"] < 0.95 * parameters["learned"]
+    fused = [parameters[fusion] - parameters["none"] for fusion in ("attention", "learned")]
+    assert fused[0] == pytest.approx(fused[1], rel=0.02)
 
 
 @pytest.mark.parametrize("changes", [
@@ -228,7 +231,7 @@ def test_cmmd_config_refuses(changes):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("fusion", ["learned", "mean", "none"])
+@pytest.mark.parametrize("fusion", ["learned", "mean", "attention", "none"])
 def test_cmmd_any_length_and_what_fusion_lets_through(full_precision, fusion):
     model, t = tiny_model(fusion=fusion), torch.tensor([0.5])
     for T, L in ((1, 7), (5, 31), (18, 113), (3, 1)):
@@ -279,7 +282,28 @@ def test_cmmd_averaging_goes_by_true_time():
     assert torch.allclose(cmmd.phase(20, 0.02, 10), torch.stack([angle.cos(), angle.sin()]), atol=1e-5)
 
 
-@pytest.mark.parametrize("changes", [dict(), dict(fusion="mean")])
+def test_cmmd_attention_fusion_starts_at_the_same_true_time(full_precision):
+    """A video and a sound that show their own time: what each finds in the other is the time that it has itself."""
+    torch.manual_seed(0)
+    fusion = cmmd.AttentionFusion(32, 64, CMMDConfig(heads=2))
+    fusion.norm_video, fusion.norm_audio = nn.Identity(), nn.Identity()
+    with torch.no_grad():
+        for into, out in ((fusion.from_video, fusion.to_audio), (fusion.from_audio, fusion.to_video)):
+            for layer in (into, out):
+                layer.weight.zero_()
+            into.bias.mul_(2)  # twice as sharp as a new one
+            into.bias[-1], into.weight[-1, 0] = 0.0, 1.0  # the last value is what channel 0 holds
+            out.bias[0], out.weight[0, -1] = 0.0, 1.0  # and goes to channel 0
+        shown, heard = (torch.arange(18) + 0.5) / 10, (torch.arange(112) + 0.5) * 0.016
+        video, audio = torch.zeros(18, 32, 2, 2), torch.zeros(1, 64, 112)
+        video[:, 0], audio[:, 0] = shown[:, None, None], heard
+        seen, found = (made[:, 0] - had[:, 0] for made, had in zip(fusion(video, audio, 0.016), (video, audio)))
+    inner = slice(3, -3)  # at the ends there is something on one side alone
+    assert (seen - shown[:, None, None])[inner].abs().max() < 0.03 and torch.allclose(seen[:, 1, 1], seen[:, 0, 0])
+    assert (found[0] - heard)[20:-20].abs().max() < 0.03
+
+
+@pytest.mark.parametrize("changes", [dict(), dict(fusion="mean"), dict(fusion="attention")])
 def test_cmmd_bf16_is_close_to_float32(full_precision, changes):
     model, t = tiny_model(**changes), torch.tensor([0.3, 0.9])
     inputs = noise(2, 18, 4, 4, 4), noise(2, 80, 113), t, t.flip(0)
@@ -403,6 +427,23 @@ def test_cmmd_contrastive_loss_is_eq_6(full_precision):
     torch.testing.assert_close(none.total, positive.sum(1).mean(), rtol=1e-4, atol=1e-6)
 
 
+def test_cmmd_contrastive_loss_beside_clean_video_is_eq_4(full_precision):
+    """Eq. 4 (CDCD's): the conditional loss of the sound alone, less eta times that of wrong sounds; and as Eq. 6 is for
+    both, a third term for the wrong conditions, here wrong clean videos, that Eq. 4 has not."""
+    model, video, audio = tiny_model(), noise(3, 5, 4, 4, 4), noise(3, 80, 31)
+    eps, t = noise(3, 80, 31, seed=2), torch.tensor([0.6, 0.9, 0.3])
+    wrong = noise(3, 5, 4, 4, 4, seed=3), noise(3, 80, 31, seed=4)
+    signal, sigma = torch.cos(t * math.pi / 2)[:, None, None], torch.sin(t * math.pi / 2)[:, None, None]
+
+    def conditional(sound, picture):  # L_cdiff
+        made = model(picture, signal * sound + sigma * eps, torch.zeros(3), t)[1]
+        return (made - (signal * eps - sigma * sound)).square().mean()
+
+    loss = contrastive_loss(model, (video, audio), (torch.zeros(3), t), (noise(3, 5, 4, 4, 4, seed=1), eps), wrong, 0.3)
+    eq_4 = conditional(audio, video) - 0.3 * conditional(wrong[1], video)
+    torch.testing.assert_close(loss.total, eq_4 - 0.3 * conditional(audio, wrong[0]), rtol=1e-4, atol=1e-6)
+
+
 def test_cmmd_contrastive_loss_bounded_leaves_bad_negatives_alone(full_precision):
     """With a margin a negative pulls only while it is less than that worse than its positive, which then stays put."""
     model, pair = tiny_model(), (noise(2, 5, 4, 4, 4), noise(2, 80, 31))
@@ -485,6 +526,41 @@ def test_cmmd_samplers_converge_to_the_exact_solution():
     ddim, dpm = ([gaussian_error(sampler, steps) for steps in (10, 40, 160)] for sampler in ("ddim", "dpm"))
     assert ddim[0] > 3 * ddim[1] > 9 * ddim[2] and ddim[2] < 0.01  # first order
     assert all(a < 0.7 * b for a, b in zip(dpm, ddim)) and dpm[2] < 0.003
+
+
+DIFFUSERS_START = torch.linspace(-1.5, 1.5, 5)  # of six steps, of which number i draws this noise:
+DIFFUSERS_NOISE = [torch.cos(5.0 * (i + 1) * (DIFFUSERS_START + 2)) for i in range(6)]
+
+
+def diffusers_clean(x, t):
+    """The clean data that a velocity of sin(2x + 3t) predicts."""
+    return denoise(x, torch.sin(2 * x + 3 * t), t)[0]
+
+
+@pytest.mark.parametrize("sampler, s, wanted", [
+    ("ddim", 0.0, [-0.463391, -0.442415, -0.369737, 1.895140, 2.348547]),
+    ("ddim", 0.6, [-0.347413, -0.133971, -0.334276, -0.144987, 0.310690]),
+    ("dpm", 0.0, [-0.506255, -0.440615, -0.314027, 2.108238, 2.512048])])
+def test_cmmd_samplers_equal_diffusers(sampler, s, wanted):
+    """Stored outputs of diffusers 0.42.1: DDIMScheduler and DPMSolverMultistepScheduler ("dpmsolver++", order 2,
+    "midpoint"), v_prediction, float64, alphas_cumprod set to ours at the six times. Our s was made there by another eta
+    at each step, see below. The solver knows no t = 1, of infinite noise, so its first step is its DDIM's."""
+    fresh = iter(DIFFUSERS_NOISE)
+    made = cmmd.integrate(lambda x, t, _: [diffusers_clean(x[0], t), None], [DIFFUSERS_START, None], 1, 6, sampler, s,
+                          lambda side: next(fresh))[0]
+    torch.testing.assert_close(made, torch.tensor(wanted), rtol=0, atol=1e-5)
+
+
+def test_cmmd_ddim_equals_diffusers_at_its_own_eta():
+    """DDIM's eta, 1 for DDPM's noise, is at each step our s = eta sqrt((1 - a / a') / (1 - a)), a and a' as in
+    `ddim_step`; so one s for all steps is another eta at each. Stored output, as above, for eta = 0.9."""
+    x = DIFFUSERS_START
+    for i, fresh in enumerate(DIFFUSERS_NOISE):
+        t, t_next = 1 - i / 6, 1 - (i + 1) / 6
+        a, after = (float(cmmd.alpha_bar(torch.tensor(u, dtype=torch.float64))) for u in (t, t_next))
+        x = cmmd.ddim_step(x, diffusers_clean(x, t), t, t_next, 0.9 * math.sqrt((1 - a / after) / (1 - a)), fresh)
+    wanted = torch.tensor([-0.299307, 2.433868, -0.291983, -0.252060, -0.233781])
+    torch.testing.assert_close(x, wanted, rtol=0, atol=1e-5)
 
 
 def test_cmmd_same_seed_gives_the_same_sample_in_any_batch(full_precision):
@@ -603,6 +679,26 @@ def test_cmmd_gradient_of_eq_3_equals_finite_differences(full_precision, given, 
     velocities = windows.velocities(model, x, [0.6, 0.6])
     for side in (0, 1):
         torch.testing.assert_close(x_0[side], denoise(x[side], velocities[side], 0.6)[0], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("given", [0, 1])
+def test_cmmd_replace_is_eq_5_and_guide_eq_3(full_precision, given):
+    """The given side enters at every t with one and the same noise; guide subtracts lambda sqrt(alpha_bar) times the
+    gradient from what replace predicts, so with lambda = 0 it is replace."""
+    model, windows = tiny_model(frames=6), Windows(13, CMMDConfig(**TINY | dict(size=32, frames=6)), 4, 3)
+    shapes = (2, windows.T, 4, 4, 4), (2, 80, windows.L)
+    x, eps, known = [noise(*s) for s in shapes], [noise(*s, seed=1) for s in shapes], noise(*shapes[given], seed=2)
+    for t in (0.9, 0.3):
+        signal, sigma, noisy = math.cos(t * math.pi / 2), math.sin(t * math.pi / 2), list(x)
+        noisy[given] = signal * known + sigma * eps[given]
+        plain = denoise(x[1 - given], windows.velocities(model, noisy, [t, t])[1 - given].detach(), t)[0]
+        free = noisy[1 - given] = x[1 - given].clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(reconstruction_error(model, windows, noisy, t, known, given), free)
+        for how, weight in (("replace", None), ("guide", 0.0), ("guide", 0.7), ("guide", None)):
+            with torch.no_grad():
+                made = cmmd._predictor(model, windows, known, given, how, weight)(x, t, eps)[1 - given]
+            pull = {"replace": 0.0, "guide": 1.0 if weight is None else weight}[how]  # lambda is 1 by default
+            torch.testing.assert_close(made, plain - pull * signal * gradient, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("size", [1, 7, 1000])
@@ -2338,7 +2434,7 @@ TRAININGS = {
     "cmmd, Eq. 6": ["--config", json.dumps(TINY), "--eta", "0.1", "--margin", "0.3", "--negatives", "0.5"],
     "cmmd, files": ["--config", json.dumps(TINY | dict(frames=3)), "--eta", "0.1", "--negatives", "1"],
     "cmmd, cached": ["--config", json.dumps(TINY), "--eta", "0.01", "--negatives", "0.5", "--clips", "5",
-                     "--data", "bounce", "dance"],
+                     "--data", "bounce", "dance", "--first-lesson", "0", "--negatives-where", "noisy"],
 }
 
 
@@ -2498,6 +2594,19 @@ def test_train_held_out_files_are_scored_against_what_is_typical(tmp_path, monke
     assert evaluate.envelope_correlation(loudness, np.roll(loudness, 1, 0)).mean() > 0.4
 
 
+@pytest.mark.parametrize("at, where, wanted", [
+    ((0.0, 1.0), "any", [0, 1, 2, 3, 4]), ((0.5, 0.9), "any", [0, 3, 4, 1, 2]), ((0.0, 1.0), "clean", [1, 3, 0, 2, 4]),
+    ((0.0, 0.6), "noisy", [0, 2, 1, 3, 4]), ((0.95, 1.0), "noisy", [0, 1, 2, 3, 4])])
+def test_train_negatives_go_where_they_are_asked_for(at, where, wanted):
+    """Every sample keeps its pair of times, those allowed come first, and no more than there are negatives count."""
+    times = torch.tensor([0.6, 0.0, 0.2, 0.7, 0.8]), torch.tensor([0.6, 0.3, 0.4, 0.0, 0.9])
+    allowed = {"any": {(0.0, 1.0): 5, (0.5, 0.9): 3}, "clean": {(0.0, 1.0): 2}, "noisy": {(0.0, 0.6): 2}}
+    count = allowed[where].get(at, 0)
+    for n in (0, 1, 5):
+        made, counted = train.negatives_first(times, n, SimpleNamespace(negatives_at=at, negatives_where=where))
+        assert counted == min(n, count) and all(torch.equal(t, t0[wanted]) for t, t0 in zip(made, times))
+
+
 def told_apart(real, fake):
     """Accuracy (chance 0.5), on the half it was not fitted to, of a linear classifier that sees the four largest
     changes of each mel (N, M, L) from one frame to the next."""
@@ -2508,8 +2617,9 @@ def told_apart(real, fake):
     return ((x[~fitted] @ w > 0) == (y[~fitted] > 0)).mean()
 
 
-def test_train_shifted_sounds_have_no_seam(tmp_path):
-    """A classifier that sees where sounds were rolled cannot tell re-cropped ones, our negatives, from true ones."""
+def test_train_shifted_and_swapped_sounds_have_no_seam(tmp_path):
+    """Negatives are wrong only as partners. A classifier that sees where sounds were rolled cannot tell re-cropped
+    ones, our shifts, from true ones; swaps are true ones; splices, as the paper makes them, it tells by their seam."""
     rng, t = np.random.default_rng(0), np.arange(26 * 1600) / 16000
     for i in range(40):  # gliding tones
         glide = np.cumsum(2 * np.pi * (700 + 500 * np.sin(2 * np.pi * (0.7 * t + rng.random())))) / 16000
@@ -2519,7 +2629,10 @@ def test_train_shifted_sounds_have_no_seam(tmp_path):
     real, shifted = torch.cat([x[1] for x in out]), torch.cat([x[3] for x in out])
     rolled = torch.stack([mel.roll(int(by), 1) for mel, by in zip(real, rng.integers(6, 26, len(real)))])
     assert told_apart(real.numpy(), rolled.numpy()) > 0.75
-    assert told_apart(real.numpy(), shifted.numpy()) < 0.56  # 640 judged: standard error 0.02
+    shift, splice, swap = (draw_negatives(real, shifted, real.roll(1, 0), 2, kind) for kind in torch.eye(3).tolist())
+    assert torch.equal(shift, shifted) and torch.equal(swap, real.roll(1, 0))
+    assert told_apart(real.numpy(), shift.numpy()) < 0.56  # 640 judged: standard error 0.02
+    assert told_apart(real.numpy(), splice.numpy()) > 0.75
 
 
 def test_train_cache_refuses_what_is_torn(tmp_path):

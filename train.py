@@ -157,7 +157,8 @@ def run(state, batches, update, evaluate, args):
             sums.setdefault(name, []).append(float(value))
         last = state.step == args.steps
         if state.step % args.log_every == 0 or last:
-            means = {name: sum(values) / len(values) for name, values in sums.items()}
+            mean = lambda values: torch.tensor(values, dtype=torch.float64).nanmean().item()  # NaN: not in that step
+            means = {name: mean(values) for name, values in sums.items()}
             report(log, {"step": state.step, "seconds": round(time.time() - began, 1)} | means)
             sums = {}
         if state.step % args.save_every == 0 or last:
@@ -456,7 +457,8 @@ def train_cmmd(args):
     def update(state, batch):
         pair, shifted, first = batch[:2], batch[2:] or [x[:0] for x in batch], state.step < args.first_lesson
         times = draw_times(len(pair[0]), first, args.shares, config.shift)
-        times = [t.to(pair[0].device) for t in times]
+        times, n = negatives_first(times, len(shifted[0]), args)
+        times, shifted = [t.to(pair[0].device) for t in times], [x[:n] for x in shifted]
         noise = [torch.randn_like(x) for x in pair]
         wrong = [draw_negatives(x[: len(y)], y, x.roll(batches.apart, 0)[: len(y)], dim, args.kinds)
                  for x, y, dim in zip(pair, shifted, (1, 2)) if len(y)] or shifted
@@ -464,7 +466,7 @@ def train_cmmd(args):
         state.descend("cmmd", loss.total)
         parts = {"video": loss.positive[:, 0], "audio": loss.positive[:, 1], "wrong_audio": loss.wrong_audio.sum(dim=1),
                  "wrong_video": loss.wrong_video.sum(dim=1)}
-        return {name: x.mean().detach() for name, x in parts.items() if len(x)}
+        return {name: x.mean().detach() for name, x in parts.items() if len(x) or batch[2:]}
 
     itself = lambda source: source
     unseen = [HeldOut(entry, source, autoencoder, config, front, args.device, dict(zip(args.data, shares))[entry])
@@ -479,6 +481,17 @@ def train_cmmd(args):
         return figures
 
     return run(state, batches, update, evaluate, args)
+
+
+def negatives_first(times, n, args):
+    """Times (B,) of video and audio, put in an order by which those where --negatives-at and --negatives-where allow
+    negatives come first, and how many of the first n these are. The order says nothing: clips are drawn at random."""
+    high, low = torch.maximum(*times), torch.minimum(*times)
+    allowed = (high >= args.negatives_at[0]) & (high <= args.negatives_at[1])
+    if args.negatives_where != "any":
+        allowed &= (low == 0) == (args.negatives_where == "clean")
+    order = allowed.int().argsort(descending=True, stable=True)
+    return [t[order] for t in times], min(n, int(allowed.sum()))
 
 
 class HeldOut:
@@ -710,6 +723,10 @@ def arguments(argv):
             task.add_argument("--eta", type=number(0), default=0.0, help="weight of Eq. 6's contrastive terms; 0: none")
             task.add_argument("--margin", type=number(0), help="bound them: negatives worse by this are left alone")
             task.add_argument("--negatives", type=number(0, 1), default=0.25, help="share of the batch that has them")
+            task.add_argument("--negatives-at", type=number(0, 1), nargs=2, default=(0.0, 1.0), metavar="T",
+                              help="only from this to that noise level, of the noisier side")
+            task.add_argument("--negatives-where", choices=("any", "clean", "noisy"), default="any",
+                              help="only where one side is clean, or none is")
             task.add_argument("--kinds", type=number(0), nargs=3, default=(1, 1, 1), metavar="P", help="shares of the "
                               "negatives: shift, splice, swap")
             task.add_argument("--shift", type=number(0, 60), nargs=2, default=(0.1, 0.4), metavar="S",
