@@ -457,16 +457,71 @@ def test_cmmd_oracle_makes_the_sampler_return_the_truth(frames, given, settings)
         torch.testing.assert_close(got, wanted, rtol=0, atol=0 if name == given else 1e-4)
 
 
+KEPT = (torch.arange(40) % 9 < 4, torch.arange(250) % 50 < 30)  # stretches kept of 40 frames, 250 mel frames
+
+
+@pytest.mark.parametrize("keep", [(KEPT[0], KEPT[1]), (None, KEPT[1]), (KEPT[0], None), (KEPT[0][:9], KEPT[1][:40]),
+                                  (torch.stack([KEPT[0], ~KEPT[0]]), None), "video", "audio"])
+@pytest.mark.parametrize("settings", [dict(), dict(sampler="dpm"), dict(stochasticity=0.5), dict(steps=1)])
+def test_cmmd_oracle_completes_what_is_kept(keep, settings):
+    """With "video" or "audio" that side is given whole. Values that are not kept are never looked at."""
+    truth = [noise(1, 1, 4, 4, 4), noise(1, 80, 1)]
+    full = [truth[0].expand(2, 40, 4, 4, 4), truth[1].expand(2, 80, 250)]
+    whole, given = {"video": 0, "audio": 1}.get(keep if isinstance(keep, str) else None), []
+    keep = keep if whole is None else (None, KEPT[1]) if whole == 0 else (KEPT[0], None)
+    for side, mask in enumerate(keep):
+        known = None
+        if mask is not None:
+            known = full[side][:, : mask.shape[-1]] if side == 0 else full[side][:, :, : mask.shape[-1]]
+            shape = (-1, mask.shape[-1], 1, 1, 1) if side == 0 else (-1, 1, mask.shape[-1])
+            known = torch.where(mask.reshape(shape), known, torch.nan)
+        given.append(full[side] if side == whole else known)
+    frames = None if whole is not None or keep[0] is KEPT[0] else 40
+    made = generate(Oracle(*truth), *given, frames, keep=keep, seeds=(3, 4), **{"steps": 4} | settings)
+    for side, (got, wanted) in enumerate(zip(made, full)):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=0 if side == whole else 1e-4)
+
+
+def test_cmmd_kept_parts_are_exact_enter_with_one_noise_and_are_seen(full_precision):
+    model, video, audio, seen = tiny_model(frames=8), noise(1, 11, 4, 4, 4), noise(1, 80, 69, seed=1), []
+    model.register_forward_pre_hook(lambda _, x: seen.append([part.clone() for part in x]))
+    keep = torch.arange(11) < 4, torch.arange(69) >= 40
+    run = lambda video, audio: generate(model, video, audio, keep=keep, steps=3, seeds=(5,), stride=4, window_batch=1)
+    made = run(video, audio)
+    assert [x.shape for x in made] == [video.shape, audio.shape]
+    assert torch.equal(made[0][:, :4], video[:, :4]) and torch.equal(made[1][..., 40:], audio[..., 40:])
+    assert (made[0][:, 4:] - video[:, 4:]).abs().min() > 0
+    firsts = seen[:: len(seen) // 3]  # the first window of every step
+    eps = [cmmd.ddim_step(x[0][:, :4], video[:, :4], float(x[2]), 1.0) for x in firsts]
+    for other in eps[1:]:
+        torch.testing.assert_close(other, eps[0], rtol=0, atol=1e-4)
+    other = run(video.flip(1).roll(4, 1), audio)  # other frames kept: another picture, and another sound
+    assert all((a - b).abs().mean() > 1e-3 for a, b in zip((made[0][:, 4:], made[1]), (other[0][:, 4:], other[1])))
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (dict(video=torch.zeros(1, 5, 4, 4, 4), keep=(None, torch.ones(5).bool())), "no such side"),
+    (dict(video=torch.zeros(1, 5, 4, 4, 4), keep=(torch.ones(5), None)), "float32"),
+    (dict(video=torch.zeros(1, 5, 4, 4, 4), keep=(torch.ones(6).bool(), None)), "as long"),
+    (dict(audio=torch.zeros(2, 80, 32), keep=(None, torch.ones(3, 32).bool()), seeds=(0, 1)), "(3, 32)"),
+    (dict(audio=torch.zeros(2, 80, 32), keep=(None, torch.ones(32).bool())), "1 seeds")])
+def test_cmmd_generate_refuses_what_cannot_be_kept(arguments, says):
+    with pytest.raises(ValueError) as error:
+        generate(tiny_model(), **arguments)
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
 def gaussian_error(sampler, steps, deviation=0.3):
     """How far the sampler ends from the exact solution for data N(0, deviation^2), which is noise * deviation."""
     start = [noise(400), noise(400, seed=1)]
+    first = [x.clone() for x in start]
 
     def predict(x, t, _):
         signal, sigma = math.cos(t * math.pi / 2), math.sin(t * math.pi / 2)
         return [signal * deviation**2 / (signal**2 * deviation**2 + sigma**2) * side for side in x]
 
     made = cmmd.integrate(predict, start, None, steps, sampler)
-    return max(float((m - deviation * s).abs().mean()) for m, s in zip(made, start))
+    return max(float((m - deviation * s).abs().mean()) for m, s in zip(made, first))
 
 
 def test_cmmd_samplers_converge_to_the_exact_solution():
@@ -599,8 +654,10 @@ def test_cmmd_in_pieces_equals_the_whole(size):
     for settings in ((0.5, 0.25), (0.5, 0.25, 0.6, noise(2, 5, 9, seed=2))):
         fresh = settings[3] if settings[3:] else 0.0
         step = lambda a, b, c: cmmd.ddim_step(a, b, *settings[:3], c)
-        made = cmmd.in_pieces(step, x, y, fresh, size=size)
-        assert torch.equal(made, cmmd.ddim_step(x, y, *settings))
+        for into in (0, 1):
+            xs = [x.clone(), y.clone()]
+            made = cmmd.in_pieces(step, *xs, fresh, into=xs[into], size=size)
+            assert made is xs[into] and torch.equal(made, cmmd.ddim_step(x, y, *settings))
 
 
 def test_cmmd_generate_asks_nothing_of_a_given_side_but_what_it_needs(full_precision, monkeypatch):
