@@ -733,8 +733,8 @@ def generate(model, video=None, audio=None, frames=None, *, keep=(None, None), s
 
     video: latents (B, T, C, H, W) and audio: mel (B, M, L), as VAE.encode and CMMD.normalise give them. frames: T where
     no whole video is given; by default as many as what is given fills.
-    keep: (keep_video, keep_audio), for a side that is given in part: boolean masks (T,) or (B, T), (L,) or (B, L). Where
-    True its values are held exactly, elsewhere and beyond the mask they are made: continuation and inpainting.
+    keep: (keep_video, keep_audio), for a side that is given in part: boolean masks (T,) or (B, T), (L,) or (B, L).
+    Where True its values are held exactly, elsewhere and beyond its end they are made: continuation and inpainting.
     condition, how the given side enters: "clean" at its own t = 0 (ours), with guidance w (default 0) away from the
     prediction that does not see it; "replace" noised to the current level (Eq. 5); "guide" also pulled down the
     gradient of its own reconstruction (Eq. 3) with lambda = guidance (default 1).

@@ -2083,6 +2083,10 @@ def test_sample_mismatched_vocoder_is_refused(tmp_path, weights):
     dict(audio=np.zeros(100)), dict(audio=np.zeros(0), sample_rate=16000),
     dict(audio=np.zeros(9, int), sample_rate=16000),
     dict(seconds=0), dict(steps=0, seconds=1), dict(steps=1.5, seconds=1), dict(condition="x", seconds=1),
+    dict(make_video=(0, 1)), dict(make_audio=(0, 1), video=np.zeros((3, 8, 8, 3), np.uint8), fps=10),
+    *(dict(make_audio=bad, audio=np.zeros(16000), sample_rate=16000)
+      for bad in ((1, 2), (-1, 1), (0.5, 0.2), 3, (1, 2, 3), ("a", "b"), (math.nan, 1))),
+    dict(video=[np.zeros((3, 8, 8, 3), np.uint8)], fps=10, audio=[], make_audio=(0, 1)),
 ])
 def test_sample_arguments_are_checked(models, given):
     with pytest.raises(ValueError) as error:
@@ -2163,6 +2167,64 @@ def test_sample_clip_shows_itself_in_a_notebook(tmp_path, models):
         (tmp_path / "shown.mp4").write_bytes(base64.b64decode(content, validate=True))
         assert f" {size}x{size}" in data._first_frame(tmp_path / "shown.mp4", "v")
         assert abs(len(data.read_audio(tmp_path / "shown.mp4")) - 16000) < 320
+
+
+def test_sample_makes_a_stretch_of_the_sound_anew_and_keeps_the_rest(tmp_path, models):
+    video, wave = moving_square(30, 10), np.sin(np.arange(48000) / 9).astype(np.float32) / 2
+    data.write_clip(tmp_path / "a.mkv", video, wave)
+    given = data.read_audio(tmp_path / "a.mkv")
+    clip = sample(tmp_path / "a.mkv", make_audio=(1.0, 1.5), models=models, steps=2)
+    assert len(clip.audio) == 48000 and clip.source == tmp_path / "a.mkv"
+    apart = np.abs(clip.audio - np.pad(given, (0, 200))[:48000])
+    assert not apart[:15840].any() and not apart[24160 : len(given)].any() and (apart[16000:24000] > 1e-3).mean() > 0.9
+    again = sample(video, audio=given, fps=10, sample_rate=16000, make_audio=(1.0, 1.5), models=models, steps=2)
+    assert np.array_equal(again.audio[:15840], clip.audio[:15840]) and np.array_equal(again.video, video)
+
+
+@pytest.mark.parametrize("given, seconds", [(2.5, None), (2.5, 2.0), (1.0, 2.0)])
+def test_sample_goes_on_from_the_first_second_of_both(models, given, seconds):
+    video, wave = moving_square(25, 10)[: round(given * 10)], np.sin(np.arange(round(given * 16000)) / 9) / 2
+    clip = sample(video, wave, fps=10, sample_rate=16000, seconds=seconds, make_video=(1, None), make_audio=(1, None),
+                  models=models, steps=2)
+    seconds = seconds or given
+    assert clip.video.shape == (round(seconds * 10), 64, 64, 3) and len(clip.audio) == round(seconds * 16000)
+    assert np.array_equal(clip.video[:10], video[:10]) and clip.source is None
+    assert np.array_equal(clip.audio[:15840], wave[:15840].astype(np.float32))
+    assert not any(np.array_equal(a, b) for a, b in zip(clip.video[10:], video[10:]))
+    early = sample(video, wave, fps=10, sample_rate=16000, seconds=2.0, make_video=(0.3, 0.6), make_audio=(0.3, 0.6),
+                   models=models, steps=1)
+    assert np.array_equal(early.video[6:10], video[6:10]) and np.array_equal(early.video[:3], video[:3])
+    assert len(early.video) == 20 and np.array_equal(early.audio[9760:15840], wave[9760:15840].astype(np.float32))
+
+
+def test_sample_makes_a_stretch_of_the_picture_from_all_of_the_sound(tmp_path, models):
+    data.write_clip(tmp_path / "a.mp4", moving_square(20, 10), np.sin(np.arange(32000) / 9) / 2)
+    clip = sample(tmp_path / "a.mp4", tmp_path / "a.mp4", make_video=(0.5, 1), models=models, steps=1)
+    same = (clip.video == data.read_video(tmp_path / "a.mp4")).all((1, 2, 3))
+    assert clip.source is None and same.tolist() == [not 5 <= k < 10 for k in range(20)]
+    assert np.array_equal(clip.audio, data.read_audio(tmp_path / "a.mp4"))
+
+
+def test_sample_kept_sound_fades_over_within_10_ms():
+    vocoder = SimpleNamespace(pieces=lambda mel: iter([torch.zeros(1, 1600)] * 4), config=SimpleNamespace(
+        sample_rate=16000))
+    wave = np.concatenate([*sampling._sounding(None, vocoder, np.ones(5000), [(0.1, 0.2), (5000 / 16000, math.inf)])])
+    assert (wave[:1440] == 1).all() and (wave[1600:3200] == 0).all() and (wave[3360:4840] == 1).all()
+    assert (wave[5000:] == 0).all() and np.abs(np.diff(wave)).max() < 1 / 150
+
+
+def test_sample_commands_for_a_stretch(tmp_path, weights, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    data.write_clip("a.mp4", moving_square(10, 10), np.sin(np.arange(16000) / 9) / 2)
+    words = ("a.mp4", "--weights", weights, "--steps", 1)
+    assert run_sample(capsys, *words, "--make-audio", "0.5", "inf", "--seconds", 1.5)[1] == ["a-cmmd.mp4: 1.0 s"]
+    stretches = ("--make-video", 0.5, "inf", "--make-audio", 0.5, "inf")
+    assert run_sample(capsys, *words, *stretches, "--seconds", 1.5, "-o", "b.mp4")[1] == ["b.mp4: 1.5 s"]
+    assert len(data.read_video("b.mp4")) == 15
+    for bad, says in ((("--make-audio", 2, 3), "ends at 1 s"), (("--make-video", 0.5, 0.2), "start, end"),
+                      (("--audio", "a.mp4"), "nothing is left")):
+        status, out, err = run_sample(capsys, *words, *bad)
+        assert status == 2 and not out and len(err) == 1 and says in err[0]
 
 
 def run_sample(capsys, *words):
