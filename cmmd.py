@@ -780,13 +780,15 @@ def draw_negatives(x, shifted, others, dim, shares=(1, 1, 1)):
 
 
 @torch.no_grad()
-def generate(model, video=None, audio=None, frames=None, *, steps=6, condition="clean", guidance=None,
-             sampler="ddim", stochasticity=0.0, seeds=(0,), stride=8, window_batch=8, progress=None):
+def generate(model, video=None, audio=None, frames=None, *, keep=(None, None), steps=6, condition="clean",
+             guidance=None, sampler="ddim", stochasticity=0.0, seeds=(0,), stride=8, window_batch=8, progress=None):
     """Sample what is missing: sound for `video`, video for `audio`, both for `frames` -> latents (B, T, C, H, W) and
     normalised mel (B, M, L), float32; what was given is returned as it is.
 
     video: latents (B, T, C, H, W) and audio: mel (B, M, L), as VAE.encode and CMMD.normalise give them. frames: T where
-    no video is given; for a sound, by default as many as it fills.
+    no whole video is given; by default as many as what is given fills.
+    keep: (keep_video, keep_audio), for a side that is given in part: boolean masks (T,) or (B, T), (L,) or (B, L).
+    Where True its values are held exactly, elsewhere and beyond its end they are made: continuation and inpainting.
     condition, how the given side enters: "clean" at its own t = 0 (ours), with guidance w (default 0) away from the
     prediction that does not see it; "replace" noised to the current level (Eq. 5); "guide" also pulled down the
     gradient of its own reconstruction (Eq. 3) with lambda = guidance (default 1).
@@ -794,36 +796,61 @@ def generate(model, video=None, audio=None, frames=None, *, steps=6, condition="
     seeds: one a sample; the same seed gives the same noise on any device and in any batch. Clips longer than a training
     window are cut into windows every `stride` frames, `window_batch` at a time, whose predictions are blended at every
     step. progress(done, steps) is called after each step. ValueError for arguments that do not fit together."""
-    config, given = model.config, _check_request(video, audio, steps, condition, sampler, stochasticity)
+    config, given = model.config, _check_request((video, audio), keep, steps, condition, sampler, stochasticity)
     device = next(model.parameters()).device
-    known = (video, audio)[given].to(device).float() if given is not None else None
-    T, (H, W) = frames, [config.size // 8] * 2
-    if given == 0:
-        T, (H, W) = known.shape[1], known.shape[3:]
-    elif given == 1 and T is None:  # as many as the mel reaches into
-        T = math.floor((known.shape[2] - 1) * config.hop * config.fps / config.sample_rate + 1e-6) + 1
-    if not T or T < 1 or not len(seeds) or (known is not None and len(seeds) != len(known)):
+    video, audio = known = [x if x is None else x.to(device).float() for x in (video, audio)]
+    H, W = [config.size // 8] * 2 if video is None else video.shape[3:]
+    T, fills = frames, [] if video is None else [video.shape[1]]
+    if audio is not None:  # as many as the mel reaches into
+        fills.append(math.floor((audio.shape[2] - 1) * config.hop * config.fps / config.sample_rate + 1e-6) + 1)
+    if given == 0 or T is None and fills:
+        T = fills[0] if given == 0 else max(fills)
+    if not T or T < 1 or not len(seeds) or any(len(seeds) != len(x) for x in known if x is not None):
         raise ValueError(f"generate needs at least one frame and one seed a sample; got {T} frames, {len(seeds)} seeds")
     windows = Windows(T, config, stride, window_batch)
-    L = mel_frames(T, config) if given != 1 else known.shape[2]
+    L = mel_frames(T, config) if given != 1 else audio.shape[2]
     shapes = (windows.T, config.latent_channels, H, W), (config.mel_bins, windows.L)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     draw = lambda side: torch.stack([torch.randn(shapes[side], generator=g) for g in generators]).to(device)
     noise = [draw(0), draw(1)]
     if given is not None and condition == "clean" and not guidance:
         noise[given] = None  # drawn so that the generators go on alike, then never seen
-    x = integrate(_predictor(model, windows, known, given, condition, guidance), noise, given, steps, sampler,
-                  stochasticity, draw, progress)
+    kept = [(side, known[side], mask.to(device)) for side, mask in enumerate(keep) if mask is not None]
+    predict = _predictor(model, windows, None if given is None else known[given], given, condition, guidance)
+    x = integrate(lambda *a: put_back(predict(*a), kept), noise, given, steps, sampler, stochasticity, draw, progress)
     if given is not None:
-        x[given] = known
-    more = max(0, L - x[1].shape[2])  # the last mel frame, if it only begins within the video, repeats the one before
-    return x[0][:, :T], F.pad(x[1], (0, more), mode="replicate")[:, :, :L]
+        x[given] = known[given]
+    if L > x[1].shape[2]:  # the last mel frame, if it only begins within the video, repeats the one before
+        x[1] = F.pad(x[1], (0, L - x[1].shape[2]), mode="replicate")
+    video, audio = put_back(x, kept)
+    return video[:, :T], audio[:, :, :L]
 
 
-def _check_request(video, audio, steps, condition, sampler, stochasticity):
-    """Raise ValueError for a request that makes no sense -> which side is given: 0 video, 1 audio or None."""
-    if video is not None and audio is not None:
-        raise ValueError("generate was given both video and audio: nothing is left to make")
+def put_back(x, kept):
+    """Overwrite x = [video, audio] with what is kept of a side, [(side, values, mask (1 or B, n))]; the rest stays.
+
+    Done to every prediction of clean data, it holds a stretch by Eq. 5: what a sampler's step makes of the truth and of
+    the noise that is left of x_t is the truth, noised to the next level with its own noise."""
+    for side, values, mask in kept:
+        n = min(mask.shape[-1], x[side].shape[1 + side])
+        mask = mask[..., :n].reshape(-1, *((n, 1, 1, 1) if side == 0 else (1, n)))
+        into = x[side].narrow(1 + side, 0, n)
+        into.copy_(torch.where(mask, values.narrow(1 + side, 0, n), into))
+    return x
+
+
+def _check_request(known, keep, steps, condition, sampler, stochasticity):
+    """Raise ValueError for a request that makes no sense -> which side is given whole: 0 video, 1 audio or None."""
+    whole = [side for side in (0, 1) if known[side] is not None and keep[side] is None]
+    if len(whole) == 2:
+        raise ValueError("generate was given both video and audio: nothing is left to make; `keep` tells which part to")
+    for name, x, mask, dim in zip(("video", "audio"), known, keep, (1, 2)):
+        fits = mask is None or x is not None and mask.dtype == torch.bool and mask.shape in (
+            x.shape[dim : dim + 1], (len(x), x.shape[dim]))
+        if not fits:
+            got = f"{mask.dtype} {tuple(mask.shape)}"
+            raise ValueError(f"generate got a mask {got} to keep of the {name}, expected a boolean one as long as it"
+                             + ("" if x is not None else ", but no such side was given"))
     if steps < 1:
         raise ValueError(f"steps is {steps}, it must be at least 1")
     if condition not in ("clean", "replace", "guide"):
@@ -832,16 +859,14 @@ def _check_request(video, audio, steps, condition, sampler, stochasticity):
         raise ValueError(f"sampler is {sampler!r}, expected 'ddim' or 'dpm'")
     if not 0 <= stochasticity <= 1 or (stochasticity and sampler == "dpm"):
         raise ValueError(f"stochasticity is {stochasticity}: expected 0 to 1, and 0 with sampler 'dpm'")
-    if video is None and audio is None:
-        return None
-    return 0 if audio is None else 1
+    return whole[0] if whole else None
 
 
 def integrate(predict, noise, given, steps, sampler="ddim", stochasticity=0.0, draw=None, progress=None):
     """From pure noise at t = 1 down to t = 0 in equal steps -> [video, audio].
 
     predict(x, t, noise) -> [video, audio], the predicted clean data; predict itself supplies the side `given`, of which
-    x, noise and the prediction may be None."""
+    x, noise and the prediction may be None. The other's noise is overwritten: long clips need the memory."""
     x, before = list(noise), None
     for i in range(steps):
         t, t_next = 1 - i / steps, 1 - (i + 1) / steps
@@ -849,24 +874,23 @@ def integrate(predict, noise, given, steps, sampler="ddim", stochasticity=0.0, d
         for side in {0, 1} - {given}:
             if sampler == "dpm":
                 step = lambda x, x_0, last: dpm_step(x, x_0, last, t, t_next, 1 / steps)
-                x[side] = in_pieces(step, x[side], x_0[side], before and before[side])
+                in_pieces(step, x[side], x_0[side], before and before[side], into=x[side])
             else:
                 step = lambda x, x_0, fresh: ddim_step(x, x_0, t, t_next, stochasticity, fresh)
-                x[side] = in_pieces(step, x[side], x_0[side], draw(side) if stochasticity else 0.0)
+                in_pieces(step, x[side], x_0[side], draw(side) if stochasticity else 0.0, into=x[side])
         before = x_0 if sampler == "dpm" else None
         if progress:
             progress(i + 1, steps)
     return x
 
 
-def in_pieces(function, *xs, size=2**18):
-    """function(*xs), elementwise in those of xs that are tensors, all of one shape: `size` elements at a time, so that
-    what it makes on the way takes no memory that grows with the clip."""
-    out = torch.empty(xs[0].shape, dtype=xs[0].dtype, device=xs[0].device)
+def in_pieces(function, *xs, into, size=2**18):
+    """function(*xs), elementwise in those of xs that are tensors, all of one shape, written into the tensor `into`, one
+    of them: `size` elements at a time, so that it takes no memory that grows with the clip."""
     pieces = [x.reshape(-1).split(size) if isinstance(x, torch.Tensor) else repeat(x) for x in xs]
-    for into, *parts in zip(out.view(-1).split(size), *pieces):
-        into.copy_(function(*parts))
-    return out
+    for out, *parts in zip(into.view(-1).split(size), *pieces):
+        out.copy_(function(*parts))
+    return into
 
 
 def ddim_step(x_t, x_0, t, t_next, stochasticity=0.0, fresh=0.0):
@@ -890,12 +914,10 @@ def dpm_step(x_t, x_0, x_0_before, t, t_next, dt):
 
 def _predictor(model, windows, known, given, condition, guidance):
     """How the given side enters, as a function predict(x, t, noise) -> [video, audio] clean, for `integrate`."""
-    known = None if given is None else windows.lengthen(known, given)
-
     def at(x, times):
         out = windows.velocities(model, x, times, given)
         clean = lambda x_t, v, t: denoise(x_t, v, t)[0]
-        return [None if v is None else in_pieces(clean, x_t, v, t) for x_t, v, t in zip(x, out, times)]
+        return [None if v is None else in_pieces(clean, x_t, v, t, into=v) for x_t, v, t in zip(x, out, times)]
 
     def joint(x, t, noise):
         return at(x, [t, t])
@@ -908,14 +930,14 @@ def _predictor(model, windows, known, given, condition, guidance):
             return seeing
         x[given], times[given] = noise[given], 1.0
         push = lambda s, blind: s + guidance * (s - blind)
-        return [None if s is None else in_pieces(push, s, blind) for s, blind in zip(seeing, at(x, times))]
+        return [None if s is None else in_pieces(push, s, blind, into=s) for s, blind in zip(seeing, at(x, times))]
 
     def replace(x, t, noise):
-        x = list(x)
-        x[given] = diffuse(known, noise[given], t)
+        x, whole = list(x), windows.lengthen(known, given)
+        x[given] = diffuse(whole, noise[given], t)
         if condition == "replace":
             return at(x, [t, t])
-        x_0, gradient = windows.reconstruction_gradient(model, x, t, known, given)
+        x_0, gradient = windows.reconstruction_gradient(model, x, t, whole, given)
         weight = (1.0 if guidance is None else guidance) * math.cos(t * math.pi / 2)  # lambda sqrt(alpha_bar)
         x_0[1 - given] = x_0[1 - given] - weight * gradient
         return x_0
@@ -964,9 +986,10 @@ class Windows:
         return [pairs[i : i + self.batch] for i in range(0, len(pairs), self.batch)]
 
     def cut(self, x, side, pairs):
-        """The windows of `pairs` out of canvas x, stacked."""
+        """The windows of `pairs` out of canvas x, stacked; one that ends before its last window goes on as it ended."""
         spans = [(b, *self.starts[side][w]) for b, w in pairs]
-        return torch.stack([x[b].narrow(side, start, n) for b, start, n in spans])
+        places = [(b, torch.arange(start, start + n, device=x.device)) for b, start, n in spans]
+        return torch.stack([x[b].index_select(side, place.clamp(max=x.shape[1 + side] - 1)) for b, place in places])
 
     def paste(self, canvas, parts, side, pairs, weighted=True):
         """Add the windows `parts` onto the canvas, each times its share."""

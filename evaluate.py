@@ -686,7 +686,7 @@ def timed_sample(args):
 
     models = door.load_models(args.weights, args.device)
     models.vae.encode = timed("encode", models.vae.encode)
-    models.vocoder.decode = timed("decode", models.vocoder.decode)
+    models.vocoder.forward = timed("decode", models.vocoder.forward)
     door.generate, door._video_input = timed("generate", door.generate), timed("read", door._video_input)
     start = time.perf_counter()
     clip = door.sample(args.child, steps=args.steps, models=models)

@@ -29,11 +29,14 @@ from cmmd import CMMD, SEED, Parser, atomic, data, generate, load, mel_frames, n
 from cmmd.vae import VAE, load as load_vae, to_frames, to_uint8
 from cmmd.vocoder import Vocoder, VocoderConfig, load as load_vocoder, log_mel
 
+NOTHING_LEFT = ("got both a video and a sound, so nothing is left to make; give one of them, or the stretch to make "
+                "anew (make_video, make_audio)")
 CONDITIONS = ("clean", "replace", "guide")
 TYPES = (*data.VIDEO_TYPES, *data.SOUND_TYPES, ".png")
 WEIGHTS = Path(__file__).resolve().parent / "weights"
 LONGEST = 7_200  # seconds that may be asked for
 CHUNK = 64  # frames that are read, encoded or decoded at once
+FADE = 0.01  # s; kept sound goes over into made sound within its last and first 10 ms
 DEMO_SEED, DEMO_SECONDS = 7, 3.6
 
 
@@ -75,52 +78,64 @@ class Clip(NamedTuple):
         return f'<video controls loop src="data:video/mp4;base64,{content}"></video>'
 
 
-def sample(video=None, audio=None, *, seconds=None, fps=None, sample_rate=None, steps=6, condition="clean",
-           guidance=None, stochasticity=0.0, seed=0, weights="worlds", device=None, models=None, progress=None):
+def sample(video=None, audio=None, *, seconds=None, make_video=None, make_audio=None, fps=None, sample_rate=None,
+           steps=6, condition="clean", guidance=None, stochasticity=0.0, seed=0, weights="worlds", device=None,
+           models=None, progress=None):
     """Make the sound of a video, the picture of a sound, or (given neither) both -> Clip.
 
     video: a file, or frames (T, H, W, 3), uint8 or float in [0, 1], at `fps`. audio: a file, or a wave (S,) or
     (S, channels) in [-1, 1], at `sample_rate`. Arrays or tensors; a list of either gives a list of Clips, made one
     after the other, each as if alone. seconds: length of the clip, at most the input's; 1.8 if there is none.
+    make_video, make_audio: (start, end) in seconds, end None for the clip's end: make only that stretch anew, and keep
+    the rest of what is given exactly, but for 10 ms of sound at its borders; of a video file without audio=, make_audio
+    means the file's own sound. What lasts less than `seconds` then goes on: the end is made too.
     steps, condition ("clean", "replace" or "guide"), guidance, stochasticity: see `cmmd.generate`; seed: another one,
     another result. weights: a name in weights/ or a folder; models: what `load_models` returned, instead. progress:
     called with (what, done, of). ValueError, in one line, for input that cannot be used."""
     request = dict(locals())
-    for name in ("video", "audio"):
-        if isinstance(request[name], (list, tuple)):
-            request["models"] = models or load_models(weights, device)
-            return [sample(**request | {name: one}) for one in request[name]]
+    lists = [name for name in ("video", "audio") if isinstance(request[name], (list, tuple))]
+    if lists:
+        request["models"] = models or load_models(weights, device)
+        return [sample(**request | dict(zip(lists, ones))) for ones in zip(*map(request.get, lists), strict=True)]
+    if make_audio is not None and audio is None and isinstance(video, (str, os.PathLike)):
+        request["audio"] = audio = video
     _check(**request)
     models = models or load_models(weights, device)
     model, config = models.cmmd, models.cmmd.config
     tell = progress or (lambda what, done, of: None)
     frames = wave = latents = mel = None
+    lengths = [1.8] if video is None and audio is None else []
     if video is not None:
-        frames, latents, seconds = _video_input(video, fps, seconds, models, tell)
-    elif audio is not None:
+        frames, latents, length = _video_input(video, fps, seconds, models, tell)
+        seconds = length if make_video is None else seconds
+        lengths.append(length)
+    if audio is not None:
         wave, mel = _audio_input(audio, sample_rate, seconds, models)
-        seconds = len(wave) / config.sample_rate
-    else:
-        seconds = 1.8 if seconds is None else seconds
-    T = len(frames) if frames is not None else max(1, math.ceil(seconds * config.fps - 0.01))
-    made, mel = generate(model, latents, mel, T, steps=steps, condition=condition, guidance=guidance,
-                              stochasticity=stochasticity, seeds=(seed,), progress=lambda *a: tell("making", *a))
-    if frames is None:
-        drawn = (to_uint8(models.vae.decode(part)[0]) for part in made.split(CHUNK, 1))  # (1, n, C, H, W) -> (n, ...)
-        frames = _on_disk(drawn, config.size, lambda done: tell("drawing", done, T))
-    if wave is None:
+        lengths.append(len(wave) / config.sample_rate)
+        seconds = lengths[-1] if make_audio is None else seconds
+    seconds = seconds or max(lengths)
+    whole = frames is not None and make_video is None
+    T = len(frames) if whole else max(1, math.ceil(seconds * config.fps - 0.01))
+    stretches = _stretch("video", make_video, seconds), _stretch("audio", make_audio, seconds, lengths[-1])
+    keep = _kept(frames, mel, stretches, config)
+    made, mel = generate(model, latents, mel, T, keep=keep, steps=steps, condition=condition, guidance=guidance,
+                         stochasticity=stochasticity, seeds=(seed,), progress=lambda *a: tell("making", *a))
+    if not whole:
+        frames = _on_disk(_drawn(made, models.vae, frames, keep[0]), np.uint8, (config.size, config.size, 3),
+                          lambda done: tell("drawing", done, T))
+    if wave is None or make_audio is not None:
         del made, latents  # 20 kB for each second of a video, no longer needed
         mel = model.denormalise(mel)
-        wave = models.vocoder.decode(mel)[0]
-        wave = wave[: max(1, round(seconds * config.sample_rate))].cpu().numpy()
-    source = Path(video) if isinstance(video, (str, os.PathLike)) else None
+        wave = _on_disk(_sounding(mel, models.vocoder, wave, stretches[1]), np.float32)
+        wave = wave[: max(1, round(seconds * config.sample_rate))]
+    source = Path(video) if isinstance(video, (str, os.PathLike)) and whole else None
     return Clip(frames, wave, config.fps, config.sample_rate, source)
 
 
-def _check(video, audio, seconds, fps, sample_rate, steps, condition, guidance, seed, **_):
+def _check(video, audio, seconds, make_video, make_audio, fps, sample_rate, steps, condition, guidance, seed, **_):
     """Refuse, before anything is loaded, what cannot work."""
-    if video is not None and audio is not None:
-        raise ValueError("got both a video and a sound, so nothing is left to make; give one of them")
+    if video is not None and audio is not None and make_video is None and make_audio is None:
+        raise ValueError(NOTHING_LEFT)
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps is {steps!r}, expected a whole number of at least 1; 6 is a good choice")
     if condition not in CONDITIONS:
@@ -133,12 +148,48 @@ def _check(video, audio, seconds, fps, sample_rate, steps, condition, guidance, 
         raise ValueError(f"seconds is {seconds!r}, expected a length above 0 and up to {LONGEST}")
     hints = {"video": "has no picture, only sound; pass it as audio= (--audio) to make its picture",
              "audio": "has no sound; give a file with a sound track"}
-    for name, given, rate, unit in (("video", video, fps, "fps"), ("audio", audio, sample_rate, "sample_rate")):
+    for name, given, rate, unit, make in (("video", video, fps, "fps", make_video),
+                                          ("audio", audio, sample_rate, "sample_rate", make_audio)):
+        if make is not None and given is None:
+            raise ValueError(f"make_{name} is a stretch of the {name} to make anew, but no {name} was given")
+        _stretch(name, make, math.inf)
         if isinstance(given, (str, os.PathLike)):
             if not getattr(data.probe(given), name):
                 raise ValueError(f"{given}: {hints[name]}")
         elif given is not None and (rate is None or not 0 < rate < math.inf):
             raise ValueError(f"a {name} array needs its rate: {unit}=..., above 0; got {rate!r}")
+
+
+def _stretch(name, make, seconds, length=math.inf):
+    """make_video or make_audio -> the stretches [(start, end)] in seconds that are made in a clip of so many seconds,
+    of which `length` are given; None if it is None."""
+    if make is None:
+        return None
+    try:
+        start, end = (float(math.inf if x is None else x) for x in make)
+    except (TypeError, ValueError):
+        start = end = math.nan
+    if not 0 <= start < end:
+        raise ValueError(f"make_{name} is {make!r}, expected (start, end) in seconds from the clip's start")
+    if start >= seconds:
+        raise ValueError(f"make_{name} begins at {start:g} s, the clip ends at {seconds:g} s: nothing is left to make")
+    return [(start, end)] + ([(length, math.inf)] if length < seconds - 1e-6 else [])
+
+
+def _apart(times, stretches):
+    """How far from the nearest of the stretches [(start, end)] times are, 0 within; all in seconds."""
+    return np.min([np.maximum(np.maximum(start - times, times - end), 0) for start, end in stretches], axis=0)
+
+
+def _kept(frames, mel, stretches, config):
+    """What `generate` keeps of frames and mel: those that show and hear nothing of the stretches that are made."""
+    keep, window = [None, None], config.n_fft / config.sample_rate
+    if stretches[0]:
+        keep[0] = torch.from_numpy(_apart((np.arange(len(frames)) + 0.5) / config.fps, stretches[0]) > 0)
+    if stretches[1]:
+        times = (np.arange(mel.shape[2]) + 0.5) * config.hop / config.sample_rate
+        keep[1] = torch.from_numpy(_apart(times, stretches[1]) >= window / 2)
+    return keep
 
 
 def load_models(weights="worlds", device=None):
@@ -192,22 +243,45 @@ def _video_input(video, fps, seconds, models, tell):
         latents.extend(made.cpu().numpy().tobytes())
         return part
 
-    frames = _on_disk(map(encode, chunks), config.size,
+    frames = _on_disk(map(encode, chunks), np.uint8, (config.size, config.size, 3),
                       lambda done: tell("reading", done, max(done, round(whole * config.fps))))
     side = config.size // models.vae.config.factor
     latents = torch.frombuffer(latents, dtype=torch.float32).reshape(1, len(frames), -1, side, side)
     return frames, latents.to(device), getattr(chunks, "seconds", whole)
 
 
-def _on_disk(chunks, size, tell):
-    """Chunks of frames uint8 (n, size, size, 3) -> all of them (T, size, size, 3), in a temporary file without a name,
-    so that they take no memory before somebody looks at them. tell(T so far) is called after each chunk."""
+def _on_disk(chunks, kind, shape=(), tell=lambda done: None):
+    """Chunks (n, *shape), as type `kind` -> all of them (T, *shape), in a temporary file without a name, so that they
+    take no memory before somebody looks at them. tell(T so far) is called after each chunk."""
     with tempfile.TemporaryFile() as file:
         for part in chunks:
-            file.write(np.ascontiguousarray(part))
-            tell(file.tell() // (size * size * 3))
+            file.write(np.ascontiguousarray(part, dtype=kind))
+            tell(file.tell() // (math.prod(shape) * np.dtype(kind).itemsize))
         file.flush()
-        return np.memmap(file, np.uint8, "c").reshape(-1, size, size, 3)  # changes to it stay in memory
+        return np.memmap(file, kind, "c").reshape(-1, *shape)  # changes to it stay in memory
+
+
+def _drawn(latents, vae, given, kept):
+    """Latents (1, T, C, H, W) -> chunks of frames uint8 (n, size, size, 3), the kept ones as they were given."""
+    for k, part in enumerate(latents.split(CHUNK, 1)):
+        frames = to_uint8(vae.decode(part)[0])
+        if kept is not None:
+            here = np.flatnonzero(kept[k * CHUNK :][: len(frames)])
+            frames[here] = given[k * CHUNK + here]
+        yield frames
+
+
+def _sounding(mel, vocoder, given, stretches):
+    """Mel (1, M, L) -> chunks of its wave (n,); outside the stretches that are made, what was given, faded over."""
+    start = 0
+    for piece in vocoder.pieces(mel):
+        wave = piece[0].cpu().numpy()
+        if given is not None:
+            times = (np.arange(start, start + len(wave)) + 0.5) / vocoder.config.sample_rate
+            share, known = np.minimum(_apart(times, stretches) / FADE, 1), given[start : start + len(wave)]
+            wave = share * np.pad(known, (0, len(wave) - len(known))) + (1 - share) * wave
+        start += len(wave)
+        yield wave
 
 
 def _array_chunks(video, fps, seconds, config):
@@ -377,6 +451,9 @@ def _arguments(argv):
     parser.add_argument("--skip-existing", action="store_true", help="leave out what is already there")
     parser.add_argument("--audio", help="sound file, or video with sound, that gets a picture")
     parser.add_argument("--seconds", type=float, help="length, at most the input's (default: all of it)")
+    for name, whose in (("video", "picture"), ("audio", "sound, by default the video's own")):
+        parser.add_argument(f"--make-{name}", type=float, nargs=2, metavar=("START", "END"), help="make only this "
+                            f"stretch (in seconds; inf: to the end) of the {whose}, and keep the rest")
     parser.add_argument("--weights", default="worlds", help="name in weights/, or a folder (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=6, help="denoising steps (default: %(default)s)")
     parser.add_argument("--condition", default="clean", choices=CONDITIONS, help="how what is given enters")
@@ -390,8 +467,8 @@ def _arguments(argv):
 
 def _jobs(args):
     """What the command line asks for -> [(video, audio, output)], checked; none for the demonstration."""
-    if args.video and args.audio:
-        raise ValueError("got both a video and a sound, so nothing is left to make; give one of them")
+    if args.video and args.audio and not (args.make_video or args.make_audio):
+        raise ValueError(NOTHING_LEFT)
     given = args.video or [args.audio]
     if given == [None] and args.seconds is None:
         if args.output is not None:
@@ -420,6 +497,7 @@ def _make(parser, args):
     rank, ranks, gpu = (int(os.environ.get(*pair)) for pair in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = args.device or (f"cuda:{gpu}" if torch.cuda.is_available() else None)
     settings = {name: getattr(args, name) for name in ("steps", "condition", "guidance", "seed")}
+    stretches = {"make_video": args.make_video, "make_audio": args.make_audio}
     settings |= {"models": load_models(args.weights, device), "progress": _progress if sys.stderr.isatty() else None}
 
     def one(video, audio, output):
@@ -428,7 +506,7 @@ def _make(parser, args):
             if args.skip_existing and path.exists():
                 print(f"{path}: is already there", flush=True)
                 continue
-            clip = sample(video, audio, seconds=args.seconds, **settings | {"seed": args.seed + k})
+            clip = sample(video, audio, seconds=args.seconds, **stretches, **settings | {"seed": args.seed + k})
             clip.save(path)
             print(f"{path}: {len(clip.audio) / clip.sample_rate:.1f} s", flush=True)
 

@@ -510,16 +510,71 @@ def test_cmmd_oracle_makes_the_sampler_return_the_truth(frames, given, settings)
         torch.testing.assert_close(got, wanted, rtol=0, atol=0 if name == given else 1e-4)
 
 
+KEPT = (torch.arange(40) % 9 < 4, torch.arange(250) % 50 < 30)  # stretches kept of 40 frames, 250 mel frames
+
+
+@pytest.mark.parametrize("keep", [(KEPT[0], KEPT[1]), (None, KEPT[1]), (KEPT[0], None), (KEPT[0][:9], KEPT[1][:40]),
+                                  (torch.stack([KEPT[0], ~KEPT[0]]), None), "video", "audio"])
+@pytest.mark.parametrize("settings", [dict(), dict(sampler="dpm"), dict(stochasticity=0.5), dict(steps=1)])
+def test_cmmd_oracle_completes_what_is_kept(keep, settings):
+    """With "video" or "audio" that side is given whole. Values that are not kept are never looked at."""
+    truth = [noise(1, 1, 4, 4, 4), noise(1, 80, 1)]
+    full = [truth[0].expand(2, 40, 4, 4, 4), truth[1].expand(2, 80, 250)]
+    whole, given = {"video": 0, "audio": 1}.get(keep if isinstance(keep, str) else None), []
+    keep = keep if whole is None else (None, KEPT[1]) if whole == 0 else (KEPT[0], None)
+    for side, mask in enumerate(keep):
+        known = None
+        if mask is not None:
+            known = full[side][:, : mask.shape[-1]] if side == 0 else full[side][:, :, : mask.shape[-1]]
+            shape = (-1, mask.shape[-1], 1, 1, 1) if side == 0 else (-1, 1, mask.shape[-1])
+            known = torch.where(mask.reshape(shape), known, torch.nan)
+        given.append(full[side] if side == whole else known)
+    frames = None if whole is not None or keep[0] is KEPT[0] else 40
+    made = generate(Oracle(*truth), *given, frames, keep=keep, seeds=(3, 4), **{"steps": 4} | settings)
+    for side, (got, wanted) in enumerate(zip(made, full)):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=0 if side == whole else 1e-4)
+
+
+def test_cmmd_kept_parts_are_exact_enter_with_one_noise_and_are_seen(full_precision):
+    model, video, audio, seen = tiny_model(frames=8), noise(1, 11, 4, 4, 4), noise(1, 80, 69, seed=1), []
+    model.register_forward_pre_hook(lambda _, x: seen.append([part.clone() for part in x]))
+    keep = torch.arange(11) < 4, torch.arange(69) >= 40
+    run = lambda video, audio: generate(model, video, audio, keep=keep, steps=3, seeds=(5,), stride=4, window_batch=1)
+    made = run(video, audio)
+    assert [x.shape for x in made] == [video.shape, audio.shape]
+    assert torch.equal(made[0][:, :4], video[:, :4]) and torch.equal(made[1][..., 40:], audio[..., 40:])
+    assert (made[0][:, 4:] - video[:, 4:]).abs().min() > 0
+    firsts = seen[:: len(seen) // 3]  # the first window of every step
+    eps = [cmmd.ddim_step(x[0][:, :4], video[:, :4], float(x[2]), 1.0) for x in firsts]
+    for other in eps[1:]:
+        torch.testing.assert_close(other, eps[0], rtol=0, atol=1e-4)
+    other = run(video.flip(1).roll(4, 1), audio)  # other frames kept: another picture, and another sound
+    assert all((a - b).abs().mean() > 1e-3 for a, b in zip((made[0][:, 4:], made[1]), (other[0][:, 4:], other[1])))
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (dict(video=torch.zeros(1, 5, 4, 4, 4), keep=(None, torch.ones(5).bool())), "no such side"),
+    (dict(video=torch.zeros(1, 5, 4, 4, 4), keep=(torch.ones(5), None)), "float32"),
+    (dict(video=torch.zeros(1, 5, 4, 4, 4), keep=(torch.ones(6).bool(), None)), "as long"),
+    (dict(audio=torch.zeros(2, 80, 32), keep=(None, torch.ones(3, 32).bool()), seeds=(0, 1)), "(3, 32)"),
+    (dict(audio=torch.zeros(2, 80, 32), keep=(None, torch.ones(32).bool())), "1 seeds")])
+def test_cmmd_generate_refuses_what_cannot_be_kept(arguments, says):
+    with pytest.raises(ValueError) as error:
+        generate(tiny_model(), **arguments)
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
 def gaussian_error(sampler, steps, deviation=0.3):
     """How far the sampler ends from the exact solution for data N(0, deviation^2), which is noise * deviation."""
     start = [noise(400), noise(400, seed=1)]
+    first = [x.clone() for x in start]
 
     def predict(x, t, _):
         signal, sigma = math.cos(t * math.pi / 2), math.sin(t * math.pi / 2)
         return [signal * deviation**2 / (signal**2 * deviation**2 + sigma**2) * side for side in x]
 
     made = cmmd.integrate(predict, start, None, steps, sampler)
-    return max(float((m - deviation * s).abs().mean()) for m, s in zip(made, start))
+    return max(float((m - deviation * s).abs().mean()) for m, s in zip(made, first))
 
 
 def test_cmmd_samplers_converge_to_the_exact_solution():
@@ -707,8 +762,10 @@ def test_cmmd_in_pieces_equals_the_whole(size):
     for settings in ((0.5, 0.25), (0.5, 0.25, 0.6, noise(2, 5, 9, seed=2))):
         fresh = settings[3] if settings[3:] else 0.0
         step = lambda a, b, c: cmmd.ddim_step(a, b, *settings[:3], c)
-        made = cmmd.in_pieces(step, x, y, fresh, size=size)
-        assert torch.equal(made, cmmd.ddim_step(x, y, *settings))
+        for into in (0, 1):
+            xs = [x.clone(), y.clone()]
+            made = cmmd.in_pieces(step, *xs, fresh, into=xs[into], size=size)
+            assert made is xs[into] and torch.equal(made, cmmd.ddim_step(x, y, *settings))
 
 
 def test_cmmd_generate_asks_nothing_of_a_given_side_but_what_it_needs(full_precision, monkeypatch):
@@ -2237,6 +2294,10 @@ def test_sample_mismatched_vocoder_is_refused(tmp_path, weights):
     dict(audio=np.zeros(100)), dict(audio=np.zeros(0), sample_rate=16000),
     dict(audio=np.zeros(9, int), sample_rate=16000),
     dict(seconds=0), dict(steps=0, seconds=1), dict(steps=1.5, seconds=1), dict(condition="x", seconds=1),
+    dict(make_video=(0, 1)), dict(make_audio=(0, 1), video=np.zeros((3, 8, 8, 3), np.uint8), fps=10),
+    *(dict(make_audio=bad, audio=np.zeros(16000), sample_rate=16000)
+      for bad in ((1, 2), (-1, 1), (0.5, 0.2), 3, (1, 2, 3), ("a", "b"), (math.nan, 1))),
+    dict(video=[np.zeros((3, 8, 8, 3), np.uint8)], fps=10, audio=[], make_audio=(0, 1)),
 ])
 def test_sample_arguments_are_checked(models, given):
     with pytest.raises(ValueError) as error:
@@ -2317,6 +2378,64 @@ def test_sample_clip_shows_itself_in_a_notebook(tmp_path, models):
         (tmp_path / "shown.mp4").write_bytes(base64.b64decode(content, validate=True))
         assert f" {size}x{size}" in data._first_frame(tmp_path / "shown.mp4", "v")
         assert abs(len(data.read_audio(tmp_path / "shown.mp4")) - 16000) < 320
+
+
+def test_sample_makes_a_stretch_of_the_sound_anew_and_keeps_the_rest(tmp_path, models):
+    video, wave = moving_square(30, 10), np.sin(np.arange(48000) / 9).astype(np.float32) / 2
+    data.write_clip(tmp_path / "a.mkv", video, wave)
+    given = data.read_audio(tmp_path / "a.mkv")
+    clip = sample(tmp_path / "a.mkv", make_audio=(1.0, 1.5), models=models, steps=2)
+    assert len(clip.audio) == 48000 and clip.source == tmp_path / "a.mkv"
+    apart = np.abs(clip.audio - np.pad(given, (0, 200))[:48000])
+    assert not apart[:15840].any() and not apart[24160 : len(given)].any() and (apart[16000:24000] > 1e-3).mean() > 0.9
+    again = sample(video, audio=given, fps=10, sample_rate=16000, make_audio=(1.0, 1.5), models=models, steps=2)
+    assert np.array_equal(again.audio[:15840], clip.audio[:15840]) and np.array_equal(again.video, video)
+
+
+@pytest.mark.parametrize("given, seconds", [(2.5, None), (2.5, 2.0), (1.0, 2.0)])
+def test_sample_goes_on_from_the_first_second_of_both(models, given, seconds):
+    video, wave = moving_square(25, 10)[: round(given * 10)], np.sin(np.arange(round(given * 16000)) / 9) / 2
+    clip = sample(video, wave, fps=10, sample_rate=16000, seconds=seconds, make_video=(1, None), make_audio=(1, None),
+                  models=models, steps=2)
+    seconds = seconds or given
+    assert clip.video.shape == (round(seconds * 10), 64, 64, 3) and len(clip.audio) == round(seconds * 16000)
+    assert np.array_equal(clip.video[:10], video[:10]) and clip.source is None
+    assert np.array_equal(clip.audio[:15840], wave[:15840].astype(np.float32))
+    assert not any(np.array_equal(a, b) for a, b in zip(clip.video[10:], video[10:]))
+    early = sample(video, wave, fps=10, sample_rate=16000, seconds=2.0, make_video=(0.3, 0.6), make_audio=(0.3, 0.6),
+                   models=models, steps=1)
+    assert np.array_equal(early.video[6:10], video[6:10]) and np.array_equal(early.video[:3], video[:3])
+    assert len(early.video) == 20 and np.array_equal(early.audio[9760:15840], wave[9760:15840].astype(np.float32))
+
+
+def test_sample_makes_a_stretch_of_the_picture_from_all_of_the_sound(tmp_path, models):
+    data.write_clip(tmp_path / "a.mp4", moving_square(20, 10), np.sin(np.arange(32000) / 9) / 2)
+    clip = sample(tmp_path / "a.mp4", tmp_path / "a.mp4", make_video=(0.5, 1), models=models, steps=1)
+    same = (clip.video == data.read_video(tmp_path / "a.mp4")).all((1, 2, 3))
+    assert clip.source is None and same.tolist() == [not 5 <= k < 10 for k in range(20)]
+    assert np.array_equal(clip.audio, data.read_audio(tmp_path / "a.mp4"))
+
+
+def test_sample_kept_sound_fades_over_within_10_ms():
+    vocoder = SimpleNamespace(pieces=lambda mel: iter([torch.zeros(1, 1600)] * 4), config=SimpleNamespace(
+        sample_rate=16000))
+    wave = np.concatenate([*sampling._sounding(None, vocoder, np.ones(5000), [(0.1, 0.2), (5000 / 16000, math.inf)])])
+    assert (wave[:1440] == 1).all() and (wave[1600:3200] == 0).all() and (wave[3360:4840] == 1).all()
+    assert (wave[5000:] == 0).all() and np.abs(np.diff(wave)).max() < 1 / 150
+
+
+def test_sample_commands_for_a_stretch(tmp_path, weights, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    data.write_clip("a.mp4", moving_square(10, 10), np.sin(np.arange(16000) / 9) / 2)
+    words = ("a.mp4", "--weights", weights, "--steps", 1)
+    assert run_sample(capsys, *words, "--make-audio", "0.5", "inf", "--seconds", 1.5)[1] == ["a-cmmd.mp4: 1.0 s"]
+    stretches = ("--make-video", 0.5, "inf", "--make-audio", 0.5, "inf")
+    assert run_sample(capsys, *words, *stretches, "--seconds", 1.5, "-o", "b.mp4")[1] == ["b.mp4: 1.5 s"]
+    assert len(data.read_video("b.mp4")) == 15
+    for bad, says in ((("--make-audio", 2, 3), "ends at 1 s"), (("--make-video", 0.5, 0.2), "start, end"),
+                      (("--audio", "a.mp4"), "nothing is left")):
+        status, out, err = run_sample(capsys, *words, *bad)
+        assert status == 2 and not out and len(err) == 1 and says in err[0]
 
 
 def run_sample(capsys, *words):

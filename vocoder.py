@@ -205,22 +205,23 @@ class Vocoder(nn.Module):
                 x = block(x)
         return torch.tanh(self.last(_activate(x, 3)).float())[:, 0]  # (B, 1, S) -> (B, S)
 
-    @torch.no_grad()
     def decode(self, mel, chunk=CHUNK):
-        """`forward` without gradients for any L >= 1, `chunk` frames at a time, so that memory does not grow with L.
+        """`forward` without gradients for any L >= 1, by `pieces`."""
+        return torch.cat([*self.pieces(mel, chunk)], 1)
+
+    @torch.no_grad()
+    def pieces(self, mel, chunk=CHUNK):
+        """`forward` of a mel (B, M, L), `chunk` frames at a time, so that memory does not grow with L: yields waves
+        (B, n*hop) that follow each other.
 
         Each chunk sees `context` frames more to either side, so the result is `forward`'s up to rounding. A mel shorter
         than `least_frames` is lengthened by its last frame first."""
-        B, _, L = mel.shape
-        hop, context = self.config.hop, self.context
-        if 0 < L < self.least_frames:
-            return self(F.pad(mel, (0, self.least_frames - L), mode="replicate"))[:, : L * hop]
-        wave = torch.empty(B, L * hop, device=mel.device)
+        L, hop, context = mel.shape[2], self.config.hop, self.context
+        if L < self.least_frames:
+            mel = F.pad(mel, (0, self.least_frames - L), mode="replicate")
         for start in range(0, L, chunk):
             stop, left = min(start + chunk, L), max(start - context, 0)
-            piece = self(mel[:, :, left : stop + context])
-            wave[:, start * hop : stop * hop] = piece[:, (start - left) * hop : (stop - left) * hop]
-        return wave
+            yield self(mel[:, :, left : stop + context])[:, (start - left) * hop : (stop - left) * hop]
 
     def mel(self, wave):
         """`log_mel(wave, self.config)`: (B, S) -> (B, M, S//hop)."""
