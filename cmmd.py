@@ -816,8 +816,10 @@ def generate(model, video=None, audio=None, frames=None, *, keep=(None, None), s
     if given is not None and condition == "clean" and not guidance:
         noise[given] = None  # drawn so that the generators go on alike, then never seen
     kept = [(side, known[side], mask.to(device)) for side, mask in enumerate(keep) if mask is not None]
-    predict = _predictor(model, windows, None if given is None else known[given], given, condition, guidance)
-    x = integrate(lambda *a: put_back(predict(*a), kept), noise, given, steps, sampler, stochasticity, draw, progress)
+    shift = 1 if condition == "clean" and given is not None else config.shift  # only one side is noisy there
+    predict = _predictor(model, windows, None if given is None else known[given], given, condition, guidance, shift)
+    x = integrate(lambda *a: put_back(predict(*a), kept), noise, given, steps, sampler, stochasticity, draw, progress,
+                  shift)
     if given is not None:
         x[given] = known[given]
     if L > x[1].shape[2]:  # the last mel frame, if it only begins within the video, repeats the one before
@@ -862,18 +864,18 @@ def _check_request(known, keep, steps, condition, sampler, stochasticity):
     return whole[0] if whole else None
 
 
-def integrate(predict, noise, given, steps, sampler="ddim", stochasticity=0.0, draw=None, progress=None):
-    """From pure noise at t = 1 down to t = 0 in equal steps -> [video, audio].
+def integrate(predict, noise, given, steps, sampler="ddim", stochasticity=0.0, draw=None, progress=None, shift=1):
+    """From pure noise at t = 1 down to t = 0 in equal steps -> [video, audio]. shift: see `levels`.
 
     predict(x, t, noise) -> [video, audio], the predicted clean data; predict itself supplies the side `given`, of which
     x, noise and the prediction may be None. The other's noise is overwritten: long clips need the memory."""
     x, before = list(noise), None
     for i in range(steps):
-        t, t_next = 1 - i / steps, 1 - (i + 1) / steps
-        x_0 = predict(x, t, noise)
+        x_0 = predict(x, 1 - i / steps, noise)
         for side in {0, 1} - {given}:
+            t_before, t, t_next = (levels(min(1.0, 1 - j / steps), shift)[side] for j in (i - 1, i, i + 1))
             if sampler == "dpm":
-                step = lambda x, x_0, last: dpm_step(x, x_0, last, t, t_next, 1 / steps)
+                step = lambda x, x_0, last: dpm_step(x, x_0, last, t, t_next, t_before)
                 in_pieces(step, x[side], x_0[side], before and before[side], into=x[side])
             else:
                 step = lambda x, x_0, fresh: ddim_step(x, x_0, t, t_next, stochasticity, fresh)
@@ -902,25 +904,26 @@ def ddim_step(x_t, x_0, t, t_next, stochasticity=0.0, fresh=0.0):
     return diffuse(x_0, math.sqrt(1 - stochasticity**2) * noise + stochasticity * fresh, t_next)
 
 
-def dpm_step(x_t, x_0, x_0_before, t, t_next, dt):
-    """DPM-Solver++(2M) (Lu et al. 2022, Alg. 2) from t to t_next; first order in the first two steps and the last,
-    where the log signal-to-noise ratio is infinite at one end."""
+def dpm_step(x_t, x_0, x_0_before, t, t_next, t_before):
+    """DPM-Solver++(2M) (Lu et al. 2022, Alg. 2) from t, reached from t_before, to t_next; first order in the first two
+    steps and the last, where the log signal-to-noise ratio is infinite at one end."""
     half_log_snr = lambda u: -math.log(math.tan(u * math.pi / 2))
-    if x_0_before is not None and t + dt < 1 - 1e-6 and t_next > 1e-6:
-        h, h_before = half_log_snr(t_next) - half_log_snr(t), half_log_snr(t) - half_log_snr(t + dt)
+    if x_0_before is not None and t_before < 1 - 1e-6 and t_next > 1e-6:
+        h, h_before = half_log_snr(t_next) - half_log_snr(t), half_log_snr(t) - half_log_snr(t_before)
         x_0 = x_0 + (x_0 - x_0_before) * (h / h_before / 2)
     return ddim_step(x_t, x_0, t, t_next)
 
 
-def _predictor(model, windows, known, given, condition, guidance):
+def _predictor(model, windows, known, given, condition, guidance, shift):
     """How the given side enters, as a function predict(x, t, noise) -> [video, audio] clean, for `integrate`."""
+
     def at(x, times):
         out = windows.velocities(model, x, times, given)
         clean = lambda x_t, v, t: denoise(x_t, v, t)[0]
         return [None if v is None else in_pieces(clean, x_t, v, t, into=v) for x_t, v, t in zip(x, out, times)]
 
     def joint(x, t, noise):
-        return at(x, [t, t])
+        return at(x, levels(t, shift))
 
     def clean(x, t, noise):
         x, times = list(x), [t, t]
@@ -933,12 +936,13 @@ def _predictor(model, windows, known, given, condition, guidance):
         return [None if s is None else in_pieces(push, s, blind, into=s) for s, blind in zip(seeing, at(x, times))]
 
     def replace(x, t, noise):
-        x, whole = list(x), windows.lengthen(known, given)
-        x[given] = diffuse(whole, noise[given], t)
+        x, whole, times = list(x), windows.lengthen(known, given), levels(t, shift)
+        x[given] = diffuse(whole, noise[given], times[given])
         if condition == "replace":
-            return at(x, [t, t])
-        x_0, gradient = windows.reconstruction_gradient(model, x, t, whole, given)
-        weight = (1.0 if guidance is None else guidance) * math.cos(t * math.pi / 2)  # lambda sqrt(alpha_bar)
+            return at(x, times)
+        x_0, gradient = windows.reconstruction_gradient(model, x, times, whole, given)
+        signal = math.cos(times[1 - given] * math.pi / 2)  # sqrt(alpha_bar)
+        weight = (1.0 if guidance is None else guidance) * signal
         x_0[1 - given] = x_0[1 - given] - weight * gradient
         return x_0
 
@@ -1010,18 +1014,18 @@ class Windows:
                 self.paste(out[side], parts[side], side, pairs)
         return out
 
-    def reconstruction_gradient(self, model, x, t, known, given):
-        """Eq. 3: [video, audio] predicted clean from x at t, and the gradient of ||known - its prediction||^2, summed
-        over elements, with respect to the other, noisy side. Where windows overlap, their shares weigh the squares."""
+    def reconstruction_gradient(self, model, x, times, known, given):
+        """Eq. 3: [video, audio] predicted clean from x at two levels, and the gradient of ||known - its prediction||^2,
+        summed over elements, with respect to the other, noisy side. Where windows overlap, their shares weigh the
+        squares."""
         out, gradient = [torch.zeros_like(x[0]), torch.zeros_like(x[1])], torch.zeros_like(x[1 - given])
         for pairs in self.batches(len(x[0])):
             parts = [self.cut(x[side], side, pairs) for side in (0, 1)]
             with torch.enable_grad():
                 parts[1 - given].requires_grad_(True)
-                level = torch.full((len(pairs),), float(t), device=x[0].device)
                 with fast_autocast(x[0].device):
-                    v = model(*parts, level, level)
-                x_0 = [denoise(part, v_part, t)[0] for part, v_part in zip(parts, v)]
+                    v = model(*parts, *(torch.full((len(pairs),), float(t), device=x[0].device) for t in times))
+                x_0 = [denoise(part, v_part, t)[0] for part, v_part, t in zip(parts, v, times)]
                 shares = torch.stack([self.weights[given][w] for _, w in pairs]).to(x[0])
                 shares = shares[:, :, None, None, None] if given == 0 else shares[:, None]
                 error = (shares * (self.cut(known, given, pairs) - x_0[given]).square()).sum()

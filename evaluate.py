@@ -46,7 +46,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cmmd import Parser, atomic, fast_autocast, generate, joint_loss
+from cmmd import Parser, atomic, fast_autocast, generate, joint_loss, levels
 from cmmd.data import (
     KIND_HUE, KIND_PITCH, SOUND_TYPES, TEMPI, TRAINING_SEED, VIDEO_TYPES, WORLDS, bounce, check_output, dance, probe,
     read_audio, read_video, share_of, write_clip)
@@ -614,9 +614,9 @@ def levels_loss(model, latents, mel, t, seed=0, batch=16):
              for i, x in enumerate((latents, mel))]
     out = []
     for video, audio in zip(latents.split(batch), mel.split(batch)):
-        level = torch.full((len(video),), t).to(video)
+        times = levels(torch.full((len(video),), t).to(video), model.config.shift)
         same = [n.expand_as(x) for n, x in zip(noise, (video, audio))]
-        out.append(joint_loss(model, video, audio, level, level, *same))
+        out.append(joint_loss(model, video, audio, *times, *same))
     return torch.cat(out)
 
 

@@ -564,21 +564,23 @@ def test_cmmd_generate_refuses_what_cannot_be_kept(arguments, says):
     assert says in str(error.value) and "\n" not in str(error.value)
 
 
-def gaussian_error(sampler, steps, deviation=0.3):
+def gaussian_error(sampler, steps, shift=1, deviation=0.3):
     """How far the sampler ends from the exact solution for data N(0, deviation^2), which is noise * deviation."""
     start = [noise(400), noise(400, seed=1)]
     first = [x.clone() for x in start]
 
     def predict(x, t, _):
-        signal, sigma = math.cos(t * math.pi / 2), math.sin(t * math.pi / 2)
-        return [signal * deviation**2 / (signal**2 * deviation**2 + sigma**2) * side for side in x]
+        angles = [level * math.pi / 2 for level in cmmd.levels(t, shift)]
+        return [math.cos(a) * deviation**2 / (math.cos(a) ** 2 * deviation**2 + math.sin(a) ** 2) * side
+                for a, side in zip(angles, x)]
 
-    made = cmmd.integrate(predict, start, None, steps, sampler)
+    made = cmmd.integrate(predict, start, None, steps, sampler, shift=shift)
     return max(float((m - deviation * s).abs().mean()) for m, s in zip(made, first))
 
 
-def test_cmmd_samplers_converge_to_the_exact_solution():
-    ddim, dpm = ([gaussian_error(sampler, steps) for steps in (10, 40, 160)] for sampler in ("ddim", "dpm"))
+@pytest.mark.parametrize("shift", [1, 3])
+def test_cmmd_samplers_converge_to_the_exact_solution(shift):
+    ddim, dpm = ([gaussian_error(sampler, steps, shift) for steps in (10, 40, 160)] for sampler in ("ddim", "dpm"))
     assert ddim[0] > 3 * ddim[1] > 9 * ddim[2] and ddim[2] < 0.01  # first order
     assert all(a < 0.7 * b for a, b in zip(dpm, ddim)) and dpm[2] < 0.003
 
@@ -601,7 +603,7 @@ def test_cmmd_samplers_equal_diffusers(sampler, s, wanted):
     "midpoint"), v_prediction, float64, alphas_cumprod set to ours at the six times. Our s was made there by another eta
     at each step, see below. The solver knows no t = 1, of infinite noise, so its first step is its DDIM's."""
     fresh = iter(DIFFUSERS_NOISE)
-    made = cmmd.integrate(lambda x, t, _: [diffusers_clean(x[0], t), None], [DIFFUSERS_START, None], 1, 6, sampler, s,
+    made = cmmd.integrate(lambda x, t, _: [diffusers_clean(x[0], t), None], [DIFFUSERS_START.clone(), None], 1, 6, sampler, s,
                           lambda side: next(fresh))[0]
     torch.testing.assert_close(made, torch.tensor(wanted), rtol=0, atol=1e-5)
 
@@ -718,7 +720,7 @@ def test_cmmd_gradient_of_eq_3_equals_finite_differences(full_precision, given, 
     shapes = (2, windows.T, 4, 4, 4), (2, 80, windows.L)
     x = [noise(*shape, seed=i).to(kind) for i, shape in enumerate(shapes)]
     known = noise(*shapes[given], seed=2).to(kind)
-    x_0, gradient = windows.reconstruction_gradient(model, x, 0.6, known, given)
+    x_0, gradient = windows.reconstruction_gradient(model, x, (0.6, 0.6), known, given)
     assert gradient.shape == shapes[1 - given] and not gradient.requires_grad and [p.shape for p in x_0] == list(shapes)
     for seed in (4, 5):
         step = noise(*gradient.shape, seed=seed).to(kind) + gradient / gradient.std()
@@ -751,7 +753,7 @@ def test_cmmd_replace_is_eq_5_and_guide_eq_3(full_precision, given):
         (gradient,) = torch.autograd.grad(reconstruction_error(model, windows, noisy, t, known, given), free)
         for how, weight in (("replace", None), ("guide", 0.0), ("guide", 0.7), ("guide", None)):
             with torch.no_grad():
-                made = cmmd._predictor(model, windows, known, given, how, weight)(x, t, eps)[1 - given]
+                made = cmmd._predictor(model, windows, known, given, how, weight, 1)(x, t, eps)[1 - given]
             pull = {"replace": 0.0, "guide": 1.0 if weight is None else weight}[how]  # lambda is 1 by default
             torch.testing.assert_close(made, plain - pull * signal * gradient, rtol=1e-3, atol=1e-4)
 

@@ -462,7 +462,8 @@ def train_cmmd(args):
         noise = [torch.randn_like(x) for x in pair]
         wrong = [draw_negatives(x[: len(y)], y, x.roll(batches.apart, 0)[: len(y)], dim, args.kinds)
                  for x, y, dim in zip(pair, shifted, (1, 2)) if len(y)] or shifted
-        loss = contrastive_loss(model, pair, times, noise, wrong, args.eta, args.margin, args.motion if first else 0.0)
+        motion = args.motion[0 if first else 1]
+        loss = contrastive_loss(model, pair, times, noise, wrong, args.eta, args.margin, motion)
         state.descend("cmmd", loss.total)
         parts = {"video": loss.positive[:, 0], "audio": loss.positive[:, 1], "wrong_audio": loss.wrong_audio.sum(dim=1),
                  "wrong_video": loss.wrong_video.sum(dim=1)}
@@ -713,8 +714,8 @@ def arguments(argv):
         if name == "cmmd":
             task.add_argument("--vae", required=True, help="weights of the autoencoder")
             task.add_argument("--first-lesson", type=int, default=400, help="steps with one side clean")
-            task.add_argument("--motion", type=number(0, 1), default=0.0, help="share of the video loss's weight that "
-                              "lies, in those steps, where the picture moves")
+            task.add_argument("--motion", type=number(0, 1), nargs=2, default=(0.0, 0.0), metavar="P", help="share of "
+                              "the video loss's weight that lies where the picture moves, in those steps and after")
             task.add_argument("--time-shift", type=number(0.01, 100), help="of the video's noise level where both share "
                               "one t (cmmd.levels); 1: the paper's (default: that of --init, or 1)")
             task.add_argument("--clips", type=number(0, 10**7, int), default=0,
