@@ -835,8 +835,10 @@ SAME_LENGTH = 0.1  # s by which a clip and its truth may differ
 ROTATIONS = 20  # wrong pairings of all clips that chance is the mean of
 
 # Of one clip: onset times (s), envelope (L,), beat times, seconds that hold an onset, times of AV-Align's peaks in
-# sound and picture, embeddings (n, D), the envelope to be expected. Where there is none, a string says why.
-Heard = namedtuple("Heard", "onsets envelope beats bins sound_peaks motion_peaks embedding typical", defaults=(0,))
+# sound and picture, embeddings (n, D), movement (T - 1,), the envelope to be expected, the level above which there is
+# activity. Where there is none, a string says why.
+Heard = namedtuple("Heard", "onsets envelope beats bins sound_peaks motion_peaks embedding movement typical level",
+                   defaults=("no picture", 0, 0))
 Pair = namedtuple("Pair", "name generated reference")  # paths of K draws and of the truth
 
 
@@ -875,6 +877,16 @@ def motion(path, seconds=None, size=128):
     grey = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in video]
     flows = (cv2.calcOpticalFlowFarneback(*pair, None, 0.5, 3, 15, 3, 5, 1.2, 0) for pair in zip(grey, grey[1:]))
     return flow_peaks([float(np.linalg.norm(flow, axis=2).mean()) for flow in flows]) / FPS
+
+
+def movement(path, seconds=None, fps=25, size=64):
+    """How much a file's picture changes from frame to frame in its lower middle, where a speaker's mouth is, (T - 1,):
+    mean absolute difference; a string where there is no picture."""
+    try:
+        video = read_video(path, fps, size, seconds=seconds)[:, size // 2 :, size // 4 : -size // 4]
+    except ValueError as error:
+        return str(error)
+    return np.abs(np.diff(video.astype(np.float64), axis=0)).mean(axis=(1, 2, 3))
 
 
 def flow_peaks(flow):
@@ -959,11 +971,12 @@ def listen(pairs, args, embed, config):
                 raise ValueError(f"{path}: {length:.2f} s long, its reference {lengths[-1]:.2f} s; make them equal, or "
                                  "give --seconds to compare their beginnings")
         waves = [wave[:min(map(len, waves))].copy() for wave in waves]
-        true_motion = motion(pair.reference, args.seconds)
-        seen = [true_motion if p.suffix.lower() in SOUND_TYPES else motion(p, args.seconds) for p in pair.generated]
-        *made, true = (hear(wave, config, peaks, embed(path, wave) if embed else ())
-                       for wave, path, peaks in zip(waves, paths, [*seen, true_motion]))
-        clips.append((made, true, vocoder and hear(through_vocoder(waves[-1], vocoder), config, true_motion)))
+        look = lambda path: (motion(path, args.seconds), movement(path, args.seconds))
+        truth = look(pair.reference)
+        seen = [truth if p.suffix.lower() in SOUND_TYPES else look(p) for p in pair.generated]
+        *made, true = (hear(wave, config, peaks, embed(path, wave) if embed else ())._replace(movement=moved)
+                       for wave, path, (peaks, moved) in zip(waves, paths, [*seen, truth]))
+        clips.append((made, true, vocoder and hear(through_vocoder(waves[-1], vocoder), config, truth[0])))
     return clips, left_out
 
 
@@ -976,7 +989,7 @@ def through_vocoder(wave, vocoder):
 
 def add_typical(clips, train=None):
     """Cut all envelopes to one length, and give every truth what to expect at each position: the mean envelope of the
-    other clips' truths, or of the training envelopes `train`."""
+    other clips' truths, or of the training envelopes `train`; and the median level of all of them."""
     length = min(len(x.envelope) for made, true, again in clips for x in (*made, true))
     length = min([length] + [len(x) for x in train or ()])
     cut = lambda heard: heard and heard._replace(envelope=heard.envelope[:length])
@@ -984,7 +997,8 @@ def add_typical(clips, train=None):
     total = sum(true.envelope for _, true, _ in clips)
     mean = np.mean([x[:length] for x in train], axis=0) if train else None
     typical = lambda true: (total - true.envelope) / (len(clips) - 1) if mean is None else mean
-    return [(made, true._replace(typical=typical(true)), again) for made, true, again in clips]
+    level = np.median(np.concatenate(train or [true.envelope for _, true, _ in clips]))
+    return [(made, true._replace(typical=typical(true), level=level), again) for made, true, again in clips]
 
 
 # ---------------------------------------------------------------- scores of pairs
@@ -1013,6 +1027,18 @@ def envelope_counts(made, true, typical=None):
     return "constant loudness" if np.isnan(value) else (value, 1)
 
 
+def active_counts(made, true):
+    """(frames loud in both, in the made sound, in the true one): above the median level."""
+    made, true = made.envelope > true.level, true.envelope > true.level
+    return (made & true).sum(), made.sum(), true.sum()
+
+
+def movement_counts(made, true):
+    n = min(len(made.movement), len(true.movement))
+    value = envelope_correlation(made.movement[None, :n], true.movement[None, :n])[0]
+    return "a still picture" if np.isnan(value) else (value, 1)
+
+
 def measures():
     """Every score of pairs, in the order of the table."""
     onset, beat, envelopes = (("onsets",) * 2, ("beats",) * 2, ("envelope",) * 2)
@@ -1031,6 +1057,8 @@ def measures():
     yield Measure({"AV-Align": share}, ("sound_peaks", "motion_peaks"), align_counts)
     yield Measure({"envelope correlation": share}, envelopes, envelope_counts)
     yield Measure({"envelope correlation, residual": share}, envelopes, lambda a, b: envelope_counts(a, b, b.typical))
+    yield Measure({"activity F1": lambda c: scores(c).f1}, envelopes, active_counts)
+    yield Measure({"movement correlation": share}, ("movement",) * 2, movement_counts)
 
 
 def pair_rows(measure, clips):

@@ -3204,6 +3204,23 @@ def test_evaluate_rhythm_of_a_click_track_and_of_silence():
     assert evaluate.rhythm(clicks([0.5])[0].numpy())[0] == "shorter than 3.6 s"
 
 
+def test_evaluate_activity_and_movement(tmp_path):
+    """Frames above the median level; movement of the picture's lower middle, whatever its size, and nothing else's."""
+    true = heard(envelope=np.array([0.0, 1.0, 2.0, 3.0]), level=1.5, movement=np.array([0.0, 1.0, 0.0, 2.0, 5.0]))
+    made = heard(envelope=np.array([0.0, 2.0, 2.0, 0.0]), movement=np.array([1.0, 2.0, 1.0, 3.0]))
+    assert evaluate.active_counts(made, true) == (1, 2, 2)
+    assert evaluate.movement_counts(made, true) == (pytest.approx(1), 1)
+    assert evaluate.movement_counts(made._replace(movement=np.ones(4)), true) == "a still picture"
+    video = np.zeros((50, 96, 96, 3), np.uint8)
+    video[::2, :40] = 255  # the upper part flickers
+    video[20:, 60:80, 40:56] = 255
+    data.write_clip(tmp_path / "a.mp4", video, fps=25)
+    moved = evaluate.movement(tmp_path / "a.mp4")
+    assert len(moved) == 49 and moved.argmax() == 19 and np.delete(moved, 19).max() < 0.1 * moved[19]
+    data.write_clip(tmp_path / "a.wav", audio=np.ones(800))
+    assert "no picture" in evaluate.movement(tmp_path / "a.wav")
+
+
 def test_evaluate_envelopes_against_what_is_typical():
     rng = np.random.default_rng(0)
     shape = 5 * rng.standard_normal(50)
