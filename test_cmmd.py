@@ -18,9 +18,11 @@ import json
 import math
 import os
 import shutil
+import socket
 import struct
 import subprocess
 import sys
+import time
 import venv
 import warnings
 import zlib
@@ -2827,6 +2829,215 @@ def test_train_sources_take_turns_and_held_out_files_never_come(tmp_path):
             world = torch.from_numpy(bounce(train.clip_seed(0, item, 0, 1), 0.05, size=0).audio)
             assert torch.equal(wave, world) == (item % 2 == 0)
             assert item % 2 == 0 or int((wave.abs().max() * 100).round()) in seen["training"]
+
+
+class Line(nn.Module):
+    """The smallest network: one number, which is to become 3."""
+
+    Config = CMMDConfig
+
+    def __init__(self, config=CMMDConfig()):
+        super().__init__()
+        self.config, self.weight = config, nn.Parameter(torch.zeros(1))
+
+
+class Numbers:
+    """Batches: a number for each step."""
+
+    def __getitem__(self, step):
+        return [torch.tensor([math.sin(step)])]
+
+
+def run_line(out, steps=60, spoil=None, score=None, start=0.0, **changes):
+    """`train.run` over Line. spoil(step, loss) -> another loss; score(step) -> the evaluation's figure."""
+    args = SimpleNamespace(**dict(
+        task="line", out=out, steps=steps, lr=0.1, warmup=1, decay="cosine", gamma=1.0, ema=0.9, seed=0, workers=0,
+        device="cpu", log_every=10, save_every=10, eval_every=10, rank=0, world=1) | changes)
+    out.mkdir(exist_ok=True)
+    line = Line()
+    nn.init.constant_(line.weight, start)
+    state = train.State({"line": line}, "line", args)
+
+    def update(state, batch):
+        loss = (line.weight - 3 + batch[0] + torch.randn(1)).square().sum()
+        loss = spoil(state.step, loss) if spoil else loss
+        state.descend("line", [loss])
+        return {"loss": loss.detach()}
+
+    return train.run(state, Numbers(), update, lambda ema: {"figure": score(state.step)} if score else {}, args)
+
+
+CHECKPOINT, BEFORE = "line-checkpoint.safetensors", "line-checkpoint-before.safetensors"
+
+
+def step_of(path):
+    with train.safe_open(path, "pt") as file:
+        return int(file.metadata()["step"])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_train_what_is_not_finite_stops_with_the_last_good_checkpoint(tmp_path, bad):
+    with pytest.raises(ValueError, match="step 34: the gradient of line is not finite.*checkpoint is kept"):
+        run_line(tmp_path, spoil=lambda step, loss: loss * bad if step == 34 else loss)
+    assert step_of(tmp_path / CHECKPOINT) == 30 and step_of(tmp_path / BEFORE) == 20
+    with pytest.raises(ValueError, match="step 0: .*weight is not finite.*checkpoint is kept"):
+        state = train.State({"line": Line()}, "line", SimpleNamespace())
+        nn.init.constant_(state.ema.weight, bad)
+        state.save(tmp_path / CHECKPOINT)
+    assert step_of(tmp_path / CHECKPOINT) == 30 and sorted(tmp_path.iterdir())[1] == tmp_path / CHECKPOINT
+
+
+def test_train_a_loss_that_explodes_stops_a_peak_does_not(tmp_path):
+    with pytest.raises(ValueError, match="step 250: the loss of loss.*above 10 times its mean.*checkpoint"):
+        run_line(tmp_path, 400, lambda step, loss: loss * 0 + (100 if 125 <= step < 130 or step >= 150 else 1))
+    assert step_of(tmp_path / CHECKPOINT) == 150 and step_of(tmp_path / BEFORE) == 140  # none of the bad weights
+    usual = {}
+    for step in range(300):  # a loss that begins later, as the vocoder's adversarial ones
+        assert train.watch(usual, {"late": math.nan if step < 150 else 9.0, "small": 0.0 if step < 20 else 1.0}, step)
+
+
+def test_train_torn_newest_checkpoint_falls_back_to_the_one_before(tmp_path, capsys):
+    straight = run_line(tmp_path / "straight", score=lambda step: step)
+    for name, spoil in {"torn": lambda path: path.write_bytes(path.read_bytes()[:99]), "none": Path.unlink}.items():
+        out = tmp_path / name
+        with pytest.raises(ValueError):
+            run_line(out, spoil=lambda step, loss: loss * math.nan if step == 34 else loss, score=lambda step: step)
+        spoil(out / CHECKPOINT)
+        capsys.readouterr()
+        (out / ".line-checkpoint-abc.safetensors").touch()  # what a killed process was writing
+        assert torch.equal(run_line(out, score=lambda step: step).weight, straight.weight)
+        said = capsys.readouterr().out
+        assert f"resuming {out / BEFORE} at step 20" in said and ("not a whole" in said) == (name == "torn")
+        assert same_tensors(out / CHECKPOINT, tmp_path / "straight" / CHECKPOINT)
+        assert same_tensors(out / "line-best.safetensors", tmp_path / "straight" / "line-best.safetensors")
+        figures = [(folder / "line-eval.csv").read_text() for folder in (out, tmp_path / "straight")]
+        assert figures[0] == figures[1] and not list(out.glob(".*"))
+
+
+def test_train_full_disk_is_one_line_and_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    def fill(tensors, path, metadata):
+        if metadata["step"] == "20":
+            raise train.SafetensorError("No space left on device")
+        save_file(tensors, path, metadata)
+
+    monkeypatch.setattr(train, "save_file", fill)
+    with pytest.raises(ValueError, match="cannot be written.*No space left"):
+        run_line(tmp_path)
+    assert step_of(tmp_path / CHECKPOINT) == 10 and not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("task, step", [("line", 20), ("vocoder", 40)])
+def test_train_best_weights_are_kept_by_the_first_figure(tmp_path, task, step):
+    """The highest, of a vocoder's mel loss the lowest; never NaN. An evaluation of nothing keeps none."""
+    figures = {10: 1.0, 20: 2.0, 30: math.nan, 40: 0.5, 50: 1.5, 60: 2.0}
+    run_line(tmp_path / "a", score=figures.get, task=task)
+    with pytest.raises(ValueError):  # right after that evaluation
+        run_line(tmp_path / "b", spoil=lambda n, loss: loss * (math.nan if n == step else 1), task=task)
+    best, ema = (load_file(tmp_path / folder / f"{task}-{file}.safetensors")
+                 for folder, file in (("a", "best"), ("b", "checkpoint")))
+    assert torch.equal(best["weight"], ema["ema/weight"].half())
+    run_line(tmp_path / "c")
+    assert not list((tmp_path / "c").glob("*best*")) and not (tmp_path / "c" / "line-eval.csv").exists()
+
+
+def test_train_writes_for_tensorboard_where_it_is_installed(tmp_path, monkeypatch):
+    seen = []
+    writer = lambda folder: SimpleNamespace(add_scalar=lambda *row: seen.append((folder, *row)), close=lambda: None)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=writer))
+    run_line(tmp_path, 20, score=lambda step: step / 2)
+    assert (str(tmp_path / "tensorboard"), "figure", 10.0, 20) in seen and {row[3] for row in seen} == {10, 20}
+
+
+def test_train_base_has_about_120_million_parameters():
+    with torch.device("meta"):
+        model = CMMD(CMMDConfig(**train.SIZES["base"]))
+        assert 118e6 < sum(x.numel() for x in model.parameters()) < 124e6
+        for side in (8, 16):  # 64 and 128 px
+            sizes = model(torch.zeros(1, 18, 4, side, side), torch.zeros(1, 80, 112), torch.zeros(1), torch.zeros(1))
+            assert [x.shape for x in sizes] == [(1, 18, 4, side, side), (1, 80, 112)]
+
+
+PLAIN = """
+import sys
+from contextlib import nullcontext
+import cmmd, torch
+from cmmd import train
+torch.set_num_threads(1)
+cmmd.fast_autocast = lambda device: nullcontext()
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+def folder_training(tmp_path, weights, *words):
+    """The arguments of a small training of the model on files of which none is held out, each with another sound."""
+    if not (tmp_path / "media").exists():
+        write_tones(tmp_path / "media", count=12, picture=True)
+        for name in (x for x in (tmp_path / "media").iterdir() if data.share_of(x) != "training"):
+            name.unlink()
+    return ["cmmd", "--vae", str(weights / "vae.safetensors"), "--workers", "0", "--cache", str(tmp_path / "cache"),
+            "--config", json.dumps(TINY | dict(frames=3)), "--eta", "0.1", "--margin", "0.3", "--negatives", "0.75",
+            "--data", str(tmp_path / "media"), "--first-lesson", "2", *words]
+
+
+def start(words, **environment):
+    return subprocess.Popen([sys.executable, "-c", PLAIN, *words], cwd=REPO, stdout=subprocess.PIPE, text=True,
+                            env=os.environ | environment)
+
+
+def test_train_processes_and_parts_give_the_weights_of_one(tmp_path, weights, full_precision):
+    """Two processes with half of each batch, or one that computes it in four parts, with 3 negatives for 4 pairs."""
+    words = folder_training(tmp_path, weights, "--steps", "4", "--batch", "4", "--warmup", "1", "--lr", "1e-4")
+    assert not train.main([*words, "--out", str(tmp_path / "one")])
+    assert not train.main([*words, "--out", str(tmp_path / "parts"), "--accumulate", "4"])
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    both = [start([*words, "--out", str(tmp_path / f"two-{rank}")], RANK=str(rank), **place) for rank in (0, 1)]
+    said = [process.communicate()[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0] and "step 4" in said[0] and not said[1]
+    assert not list((tmp_path / "two-1").iterdir())  # only the first writes
+    one, *others = (load_file(tmp_path / name / "cmmd-checkpoint.safetensors") for name in ("one", "parts", "two-0"))
+    names = [k for k in one if k.startswith("cmmd/") and "score.bias" not in k]  # a softmax's bias changes nothing: its
+    torch.manual_seed(0)  # gradient is rounding
+    fresh = CMMD(CMMDConfig(**TINY, latent_channels=4)).state_dict()
+    assert min((one[k] - fresh[k[5:]]).abs().max() for k in names if "down" in k) > 3e-5  # all moved by more than
+    for other in others:
+        assert max((other[k] - one[k]).abs().max() for k in names) < 1e-5  # they differ by
+
+
+def test_train_batches_must_divide_among_parts_and_processes(tmp_path, monkeypatch, weights, capsys):
+    words = folder_training(tmp_path, weights, "--out", str(tmp_path / "out"), "--batch", "6")
+    assert train.main([*words, "--accumulate", "4"]) == 2 and "--batch 6" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert train.main(["vae", "--out", str(tmp_path / "out")]) == 2
+    assert "only cmmd trains in several processes" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_train_killed_at_any_moment_ends_as_if_never_stopped(tmp_path, weights):
+    """SIGKILL, twenty times, at random moments of a training that saves at each step: bit for bit the same end."""
+    often = [word for what in ("save", "log") for word in (f"--{what}-every", "1")]
+    words = folder_training(tmp_path, weights, "--steps", "120", "--batch", "2", *often)
+    assert start([*words, "--out", str(tmp_path / "straight")]).wait() == 0
+    rng, kills, log = np.random.default_rng(0), 0, tmp_path / "killed" / "cmmd-log.csv"
+    while (process := start([*words, "--out", str(tmp_path / "killed")])).poll() is None:
+        rows = lambda: log.read_text().count("\n") if log.exists() else 0
+        had = rows()
+        while kills < 20 and process.poll() is None and rows() < min(had + 2, 120):
+            time.sleep(0.02)
+        if kills == 20 or rows() >= 120:
+            process.wait()
+            break
+        time.sleep(rng.uniform(0, 0.3))
+        process.kill()
+        process.wait()
+        kills += 1
+    assert kills >= 10 and process.returncode == 0
+    for name in ("cmmd.safetensors", "cmmd-checkpoint.safetensors", "cmmd-checkpoint-before.safetensors"):
+        assert same_tensors(tmp_path / "straight" / name, tmp_path / "killed" / name)
+    logs = [(tmp_path / name / "cmmd-log.csv").read_text().splitlines() for name in ("straight", "killed")]
+    without_seconds = [[row.split(",")[:1] + row.split(",")[2:] for row in rows] for rows in logs]
+    assert without_seconds[0] == without_seconds[1] and not list((tmp_path / "killed").glob(".*"))
 
 
 HELD_OUT = next(f"{k}.wav" for k in range(1000) if data.share_of(f"{k}.wav") != "training")

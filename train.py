@@ -5,7 +5,9 @@ skeleton (State: weights, EMA and optimisers with exact resume; run: the loop), 
 each network, then the command line.
 
 What step n sees (clips, times, noise) is a function of n and of the settings alone, so a run that was stopped and
-resumed with the same settings ends with the same weights, bit for bit on the CPU, as one that was never stopped.
+resumed with the same settings ends with the same weights, bit for bit on the CPU, as one that was never stopped. It is
+drawn for the whole batch, of which each process and each of the --accumulate parts takes its share: any number of them
+gives the same weights, to rounding. Several GPUs: `torchrun --nproc-per-node N train.py cmmd ...`.
 """
 
 import argparse
@@ -14,15 +16,19 @@ import csv
 import hashlib
 import json
 import math
+import os
 import re
 import sys
 import time
 import warnings
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -46,7 +52,11 @@ from cmmd.vocoder import (
 VALIDATION_SEED = 500_000  # worlds from here on choose settings; those from 0 on are the test set
 SMALL_VAE = VAEConfig(channels=(16, 32, 64, 96), blocks=1, groups=4, latent_channels=8)
 SMALL_VOCODER = VocoderConfig(base=16, mel_mean=-3.9, mel_std=1.0)
-FREE = ("out", "cache", "device", "threads", "workers", "log_every", "eval_every", "save_every")  # may differ on resume
+SIZES = {  # of the model, "demo" being the config's own; "base" has 121 M parameters, for one GPU of 24 GB or more
+    "demo": {}, "base": dict(video_channels=(192, 320, 480), audio_channels=(320, 512, 704)),
+}
+FREE = ("out", "cache", "device", "threads", "workers", "log_every", "eval_every", "save_every",  # may differ on resume
+        "accumulate", "compile", "rank", "world")
 
 
 # ---- The skeleton
@@ -66,13 +76,21 @@ class State:
         shared = {key: value for key, value in vars(args).items() if key not in (*FREE, "config")}
         self.settings = json.loads(json.dumps(shared | sizes))  # as it comes back from a file
 
-    def descend(self, name, loss, clip=1.0):
-        """One optimiser step of network `name` down the gradient of loss, its norm clipped."""
-        if not torch.isfinite(loss):
-            raise ValueError(f"step {self.step}: the loss of {name} is {loss.item()}; the last checkpoint is kept")
+    def descend(self, name, losses, clip=1.0):
+        """One optimiser step of network `name` down the gradient of the sum of losses, averaged over the processes, its
+        norm clipped. ValueError, the weights left as they were, where that is not finite."""
         self.optimizers[name].zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.networks[name].parameters(), clip)
+        for loss in losses:  # one after the other, so that only one's graph takes memory
+            loss.backward()
+        weights = [weight for weight in self.networks[name].parameters() if weight.grad is not None]
+        if dist.is_initialized():
+            whole = torch.cat([weight.grad.flatten() for weight in weights])
+            dist.all_reduce(whole)
+            for weight, mean in zip(weights, (whole / dist.get_world_size()).split([w.numel() for w in weights])):
+                weight.grad.copy_(mean.view_as(weight))
+        if not torch.isfinite(torch.nn.utils.clip_grad_norm_(weights, clip)):
+            raise ValueError(f"step {self.step}: the gradient of {name} is not finite; the last checkpoint is kept, go "
+                             "on from it, or from its beginning with a lower --lr")
         self.optimizers[name].step()
 
     @torch.no_grad()
@@ -92,18 +110,35 @@ class State:
         return {k: w.detach().cpu().contiguous() for k, w in out.items()}
 
     def save(self, path):
-        """Write everything to one safetensors file, whole or not at all."""
+        """Write everything to one safetensors file, whole or not at all; the file before it stays as `before(path)`."""
         header = {"step": str(self.step), "settings": json.dumps(self.settings)}
+        tensors = self.tensors()
+        if bad := [name for name, w in tensors.items() if not torch.isfinite(w).all()]:
+            raise ValueError(f"step {self.step}: {bad[0]} is not finite; the last checkpoint is kept")
         with atomic(path) as temporary:
-            save_file(self.tensors(), temporary, metadata=header)
+            try:
+                save_file(tensors, temporary, metadata=header)
+            except SafetensorError as error:
+                raise ValueError(f"{path}: cannot be written ({error}); the last checkpoint is kept") from None
+            if path.exists():
+                os.replace(path, before(path))
+
+    def resume(self, path):
+        """Go on from the newest whole file of `save`, if there is any. ValueError for one of other settings."""
+        for file in (path, before(path)):
+            try:
+                if file.exists():
+                    self.load(file)
+                    print(f"resuming {file} at step {self.step}", flush=True)
+                    return
+            except (FileNotFoundError, SafetensorError) as error:
+                print(f"{file}: not a whole checkpoint ({error}); removed", flush=True)
+                file.unlink(missing_ok=True)
 
     def load(self, path):
-        """Go on from a file of `save`. ValueError if it is torn or was made with other settings."""
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                tensors, header = {k: file.get_tensor(k) for k in file.keys()}, file.metadata()
-        except SafetensorError as error:
-            raise ValueError(f"{path}: not a whole checkpoint ({error}); remove it to start anew") from None
+        """Go on from a file of `save`. SafetensorError if it is torn, ValueError if it was made with other settings."""
+        with safe_open(str(path), framework="pt") as file:
+            tensors, header = {k: file.get_tensor(k) for k in file.keys()}, file.metadata()
         for key, then in json.loads(header["settings"]).items():
             if self.settings.get(key) != then:
                 raise ValueError(f"{path}: was started with {key} {then}, not {self.settings.get(key)}; "
@@ -130,46 +165,93 @@ def learning_rate(step, args):
     return args.lr * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - args.warmup) / (args.steps - args.warmup))))
 
 
-def run(state, batches, update, evaluate, args):
-    """The loop -> the EMA. batches[n] are the tensors of step n; update(state, batch) -> {name: loss}; evaluate(ema) ->
-    {name: figure} now and then."""
-    out = Path(args.out)
-    names = ("checkpoint.safetensors", "log.csv", "eval.csv")
-    checkpoint, log, figures = (out / f"{args.task}-{name}" for name in names)
-    if checkpoint.exists():
-        state.load(checkpoint)
-        print(f"resuming {checkpoint} at step {state.step}", flush=True)
-    for path in (log, figures):
+def before(path):
+    """Where the checkpoint before the newest is."""
+    return path.with_stem(f"{path.stem}-before")
+
+
+def run(state, batches, update, evaluate, args, finish=lambda ema: ema):
+    """The loop -> finish(the EMA). batches[n] are the tensors of step n; update(state, batch) -> {name: loss};
+    evaluate(ema) -> {name: figure} now and then, by the first of which the best weights are kept."""
+    out, first = Path(args.out), args.rank == 0
+    names = ("checkpoint.safetensors", "best.safetensors", "log.csv", "eval.csv")
+    checkpoint, best, log, figures = (out / f"{args.task}-{name}" for name in names)
+    state.resume(checkpoint)
+    for path in (log, figures) if first else ():
         forget(path, state.step)
+    for path in out.glob(f".{args.task}-*") if first else ():  # what a killed process was writing
+        path.unlink()
     loader = torch.utils.data.DataLoader(
         batches, batch_size=None, sampler=range(state.step, args.steps), num_workers=args.workers,
         multiprocessing_context="spawn" if args.workers else None, prefetch_factor=4 if args.workers else None,
     )
-    sums, began = {}, time.time()
+    sums, usual, began, board = {}, {}, time.time(), tensorboard(out) if first else None
     for batch in loader:
         for optimizer in state.optimizers.values():
             optimizer.param_groups[0]["lr"] = learning_rate(state.step, args)
         torch.manual_seed(args.seed * 1_000_003 + state.step)
-        losses = update(state, [x.to(args.device) for x in batch])
+        losses = {name: float(x) for name, x in update(state, [x.to(args.device) for x in batch]).items()}
         state.step += 1
         state.average(args.ema)
+        calm, last = watch(usual, losses, state.step), state.step == args.steps
         for name, value in losses.items():
-            sums.setdefault(name, []).append(float(value))
-        last = state.step == args.steps
+            sums.setdefault(name, []).append(value)
+        if not first:
+            continue
         if state.step % args.log_every == 0 or last:
             mean = lambda values: torch.tensor(values, dtype=torch.float64).nanmean().item()  # NaN: not in that step
             means = {name: mean(values) for name, values in sums.items()}
-            report(log, {"step": state.step, "seconds": round(time.time() - began, 1)} | means)
+            report(log, {"step": state.step, "seconds": round(time.time() - began, 1)} | means, board)
             sums = {}
-        if state.step % args.save_every == 0 or last:
+        if state.step % args.save_every == 0 and calm or last:
             state.save(checkpoint)
         if state.step % args.eval_every == 0 or last:
-            report(figures, {"step": state.step} | evaluate(state.ema))
-    return state.ema
+            found = evaluate(state.ema)
+            if better(figures, found, args.task):
+                save(best, finish(state.ema), torch.float16)
+            if found:
+                report(figures, {"step": state.step} | found, board)
+    if board:
+        board.close()
+    return finish(state.ema)
 
 
-def report(path, row):
-    """One plain line on the terminal and one row of a CSV file."""
+def watch(usual, losses, step, patience=100):
+    """Is every loss at most 10 times its running mean? ValueError once one was not for `patience` steps on end.
+
+    usual: what this keeps of them, by name: running mean, steps seen, steps above."""
+    for name, value in losses.items():
+        mean, seen, above = usual.get(name, (value, 0, 0))
+        above = above + 1 if seen >= patience and value > 10 * mean else 0
+        if above == patience:
+            raise ValueError(f"step {step}: the loss of {name}, {value:.3g}, has been above 10 times its mean, "
+                             f"{mean:.3g}, for {patience} steps; the last checkpoint from before is kept, go on from "
+                             "it, or from its beginning with a lower --lr")
+        if not above and value == value:  # NaN: there was none in this step
+            mean = value if mean != mean else mean + (value - mean) / min(seen + 1, patience)
+            seen += 1
+        usual[name] = mean, seen, above
+    return not any(above for _, _, above in usual.values())
+
+
+def better(path, found, task):
+    """Is the first figure of an evaluation better than all in the file of those before?"""
+    sign, value = -1 if task == "vocoder" else 1, next(iter(found.values()), math.nan)
+    rows = csv.reader(path.read_text().splitlines()[1:]) if path.exists() else ()
+    return value == value and all(not sign * float(row[1]) >= sign * value for row in rows)
+
+
+def tensorboard(out):
+    """A writer for TensorBoard's own files, or None where that is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(out / "tensorboard"))
+
+
+def report(path, row, board=None):
+    """One plain line on the terminal, one row of a CSV file and, if there is a board, its scalars."""
     shown = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items() if v == v}
     print("  ".join(f"{k} {v}" for k, v in shown.items()), flush=True)
     new = not path.exists()
@@ -178,6 +260,8 @@ def report(path, row):
         if new:
             writer.writeheader()
         writer.writerow(row)
+    for name, value in row.items() if board else ():
+        board.add_scalar(name, value, row["step"])
 
 
 def forget(path, step):
@@ -262,7 +346,7 @@ def train_vae(args):
     def update(state, batch):
         with fast_autocast(args.device):
             loss, out = vae_loss(network, batch[0])
-        state.descend("vae", loss, clip=math.inf)
+        state.descend("vae", [loss], clip=math.inf)
         return {"loss": loss.detach(), "psnr": psnr(out.detach() / 2, batch[0] / 2).mean()}
 
     unseen = held_out(
@@ -276,13 +360,15 @@ def train_vae(args):
             figures[f"held_out_psnr {name}"] = float(psnr(ema.decode(ema.encode(x)) / 2, x / 2).mean())
         return figures
 
-    ema = run(state, frames, update, evaluate, args)
-    if not args.init:
-        ema.config = replace(ema.config, scale=1.0, shift=0.0)
-        latents = ema.encode(replace(frames, batch=480)[10**6][0][None].to(args.device))
-        deviation, mean = torch.std_mean(latents, dim=(0, 1, 3, 4))
-        ema.config = replace(ema.config, scale=tuple((1 / deviation).tolist()), shift=tuple(mean.tolist()))
-    return ema
+    def finish(ema):
+        if not args.init:
+            ema.config = replace(ema.config, scale=1.0, shift=0.0)
+            latents = ema.encode(replace(frames, batch=480)[10**6][0][None].to(args.device))
+            deviation, mean = torch.std_mean(latents, dim=(0, 1, 3, 4))
+            ema.config = replace(ema.config, scale=tuple((1 / deviation).tolist()), shift=tuple(mean.tolist()))
+        return ema
+
+    return run(state, frames, update, evaluate, args, finish)
 
 
 # ---- Vocoder
@@ -325,14 +411,14 @@ def train_vocoder(args):
         losses = dict.fromkeys(("mel", "loud", "adversarial", "features", "critic"), math.nan)
         if state.step < args.adversarial_from:
             loud, mel = loud_stft_loss(output, wave), mel_loss(output, wave, config)
-            state.descend("vocoder", loud + args.mel_weight * mel)
+            state.descend("vocoder", [loud + args.mel_weight * mel])
             return losses | {"mel": mel.detach(), "loud": loud.detach()}
         critic = discriminator_loss(discriminator(wave), discriminator(output.detach()))
-        state.descend("discriminator", critic)
+        state.descend("discriminator", [critic])
         with torch.no_grad():
             real = discriminator(wave)
         loss = generator_loss(real, discriminator(output), wave, output, config)
-        state.descend("vocoder", loss.total)
+        state.descend("vocoder", [loss.total])
         parts = {name: getattr(loss, name).detach() for name in ("mel", "adversarial", "features")}
         return losses | parts | {"critic": critic.detach()}
 
@@ -350,7 +436,7 @@ def train_vocoder(args):
                 figures[f"held_out_mel {name}"] = float(mel_loss(ema(log_mel(wave, config)), wave, config))
         return figures
 
-    return run(state, sounds, update, evaluate, args).folded()
+    return run(state, sounds, update, evaluate, args, lambda ema: ema.folded())
 
 
 # ---- The model
@@ -454,6 +540,9 @@ def train_cmmd(args):
     negatives = round(args.negatives * args.batch) if args.eta else 0
     batches = PairBatches(args.batch, args.seed, config, front, args.vae, tuple(files), negatives, tuple(args.shift))
 
+    if args.compile:
+        model.compile()
+
     def update(state, batch):
         pair, shifted, first = batch[:2], batch[2:] or [x[:0] for x in batch], state.step < args.first_lesson
         times = draw_times(len(pair[0]), first, args.shares, config.shift)
@@ -462,16 +551,25 @@ def train_cmmd(args):
         noise = [torch.randn_like(x) for x in pair]
         wrong = [draw_negatives(x[: len(y)], y, x.roll(batches.apart, 0)[: len(y)], dim, args.kinds)
                  for x, y, dim in zip(pair, shifted, (1, 2)) if len(y)] or shifted
-        motion = args.motion[0 if first else 1]
-        loss = contrastive_loss(model, pair, times, noise, wrong, args.eta, args.margin, motion)
-        state.descend("cmmd", loss.total)
-        parts = {"video": loss.positive[:, 0], "audio": loss.positive[:, 1], "wrong_audio": loss.wrong_audio.sum(dim=1),
-                 "wrong_video": loss.wrong_video.sum(dim=1)}
-        return {name: x.mean().detach() for name, x in parts.items() if len(x) or batch[2:]}
+        pieces, parts = args.world * args.accumulate, []
+
+        def losses():
+            for i in range(args.rank, pieces, args.world):  # every pieces-th sample, so that all have negatives
+                own = [[x[i::pieces] for x in xs] for xs in (pair, times, noise, wrong)]
+                eta = args.eta * (pieces * len(own[3][0]) / max(1, len(wrong[0])))
+                loss = contrastive_loss(model, *own, eta, args.margin, args.motion[0 if first else 1])
+                parts.append([x.detach() for x in loss[1:]])
+                yield loss.total / args.accumulate
+
+        state.descend("cmmd", losses())
+        positive, wrong_audio, wrong_video = map(torch.cat, zip(*parts))
+        parts = {"video": positive[:, 0], "audio": positive[:, 1], "wrong_audio": wrong_audio.sum(dim=1),
+                 "wrong_video": wrong_video.sum(dim=1)}
+        return {name: x.mean() for name, x in parts.items() if len(x) or batch[2:]}
 
     itself = lambda source: source
     unseen = [HeldOut(entry, source, autoencoder, config, front, args.device, dict(zip(args.data, shares))[entry])
-              for entry, source in held_out(args, sources, itself, itself).items()]
+              for entry, source in held_out(args, sources, itself, itself).items()] if args.rank == 0 else []
 
     def evaluate(ema):
         figures = {}
@@ -611,11 +709,12 @@ def fingerprint(autoencoder):
 
 
 def default_config(autoencoder, front, args):
-    """`demo` sizes for these latents and this front end, windows of 1.8 s (P)."""
+    """The sizes of --size for these latents and this front end, windows of 1.8 s (P)."""
     same = {name: getattr(front, name) for name in ("sample_rate", "n_fft", "hop", "mel_bins", "f_min", "f_max")}
     fps = args.config.get("fps", CMMDConfig.fps)
     frames = max(1, round(1.8 * fps)) if isinstance(fps, (int, float)) else CMMDConfig.frames
-    return CMMDConfig(latent_channels=autoencoder.config.latent_channels, frames=frames, **same)
+    return CMMDConfig(latent_channels=autoencoder.config.latent_channels, frames=frames, **same,
+                      **SIZES[args.size or "demo"])
 
 
 def mel_level(sources, config, front, args):
@@ -670,8 +769,11 @@ def check(args):
     for name in ("steps", "batch", "log_every", "eval_every", "save_every"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, it must be at least 1")
-    if args.init and args.config:
-        raise ValueError("--init brings its own sizes; leave out --config")
+    if args.init and (args.config or args.size):
+        raise ValueError("--init brings its own sizes; leave out --config and --size")
+    if args.batch % (args.world * args.accumulate) or (args.world > 1 and args.task != "cmmd"):
+        raise ValueError(f"--batch {args.batch} for {args.world} processes and --accumulate {args.accumulate}: it must "
+                         "be a multiple of their product, and only cmmd trains in several processes")
     try:
         torch.zeros(1, device=args.device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -711,7 +813,14 @@ def arguments(argv):
             task.add_argument("--adversarial-from", type=int, default=2000, help="first step with discriminators")
             task.add_argument("--mel-weight", type=float, default=0.01, help="of the mel loss before that step")
             task.add_argument("--discriminator-channels", type=int, default=256, help="at most (MelGAN's: 1024)")
+        if name != "cmmd":
+            task.set_defaults(accumulate=1, size=None)
         if name == "cmmd":
+            task.add_argument("--size", choices=SIZES, help="of the model: demo, 10 M parameters, unless given; base, "
+                              "121 M; --config changes either")
+            task.add_argument("--accumulate", type=number(1, kind=int), default=1, help="parts in which a batch is "
+                              "computed, one after the other, to save memory")
+            task.add_argument("--compile", action="store_true", help="torch.compile the model, for a GPU")
             task.add_argument("--vae", required=True, help="weights of the autoencoder")
             task.add_argument("--first-lesson", type=int, default=400, help="steps with one side clean")
             task.add_argument("--motion", type=number(0, 1), nargs=2, default=(0.0, 0.0), metavar="P", help="share of "
@@ -737,13 +846,35 @@ def arguments(argv):
     return parser, parser.parse_args(argv)
 
 
+@contextmanager
+def together(args):
+    """Join the processes that torchrun started, if any: args.rank of args.world, of which only 0 speaks and writes."""
+    pairs = ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)
+    args.rank, args.world, local = (int(os.environ.get(*pair)) for pair in pairs)
+    check(args)
+    if args.world == 1:
+        yield
+        return
+    if args.device == "cuda":
+        args.device = f"cuda:{local}"
+        torch.cuda.set_device(local)
+    dist.init_process_group("nccl" if "cuda" in args.device else "gloo", timeout=timedelta(hours=2))
+    try:
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if args.rank else sys.stdout):
+            yield
+    finally:
+        dist.destroy_process_group()
+
+
 def work(args):
     """The chosen training, whose result goes to TASK.safetensors."""
     if args.threads:
         torch.set_num_threads(args.threads)
-    check(args)
-    Path(args.out).mkdir(parents=True, exist_ok=True)
-    save(Path(args.out) / f"{args.task}.safetensors", TRAININGS[args.task](args), torch.float16)
+    with together(args):
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        result = TRAININGS[args.task](args)
+        if args.rank == 0:
+            save(Path(args.out) / f"{args.task}.safetensors", result, torch.float16)
 
 
 def main(argv=None):
