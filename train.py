@@ -568,6 +568,8 @@ def check(args):
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, it must be at least 1")
     if args.init and args.config:
         raise ValueError("--init brings its own sizes; leave out --config")
+    if args.task == "cmmd" and args.negatives_at[0] > args.negatives_at[1]:
+        raise ValueError(f"--negatives-at {args.negatives_at[0]} {args.negatives_at[1]}: the lower level comes first")
     try:
         torch.zeros(1, device=args.device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
