@@ -2597,6 +2597,7 @@ def test_train_refuses_to_resume_with_other_settings(tmp_path, monkeypatch, caps
     (["vae", "--out", "file"], "file"), (["vae", "--config", '{"bands": 3}'], "bands"),
     (["vae", "--steps", "0"], "steps"),
     (["cmmd", "--vae", str(WORLDS / "vae.safetensors"), "--data", "x"], "no such folder"),
+    (["cmmd", "--vae", "x", "--negatives-at", "1", "0.5"], "--negatives-at"),
     (["cmmd", "--vae", "x", "--batch", "0"], "batch"), (["vae", "--device", "abacus"], "abacus"),
 ])
 def test_train_command_line_refuses_in_one_line(tmp_path, monkeypatch, capsys, words, says):

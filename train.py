@@ -774,6 +774,8 @@ def check(args):
     if args.batch % (args.world * args.accumulate) or (args.world > 1 and args.task != "cmmd"):
         raise ValueError(f"--batch {args.batch} for {args.world} processes and --accumulate {args.accumulate}: it must "
                          "be a multiple of their product, and only cmmd trains in several processes")
+    if args.task == "cmmd" and args.negatives_at[0] > args.negatives_at[1]:
+        raise ValueError(f"--negatives-at {args.negatives_at[0]} {args.negatives_at[1]}: the lower level comes first")
     try:
         torch.zeros(1, device=args.device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
