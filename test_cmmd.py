@@ -2696,6 +2696,7 @@ def test_evaluate_psnr_and_baseline():
 def test_evaluate_command_refuses(capsys, tmp_path):
     for arguments, part in ((["worlds", "--n", "10", "--seed-start", "999999999"], "trained on"),
                             (["worlds", "--n", "1"], "at least 2"),
+                            (["worlds", "--world", "dance"], "3.6 s or more"),
                             (["worlds", "--out", str(tmp_path / "table.txt")], ".json or .csv")):
         assert evaluate.main(arguments) == 2
         error = capsys.readouterr().err
@@ -3243,16 +3244,19 @@ def test_evaluate_compare_pairs_clips(tmp_path, capsys):
     """Perfect sounds against sounds 70 ms late: all of F1 at 50 ms, nothing at 100; other seeds are refused."""
     times = [bounce(seed, size=0).times for seed in range(20)]
     for name, late in (("right", 0.0), ("late", 0.07)):
-        rows = [{"sound": "clean", "onsets": [(t + late).tolist() for t in times]}]
-        content = {"seeds": [0, 19], "seconds": 1.8, "rows": rows}
+        rows = [{"sound": "clean"} | evaluate.event_row([t + late for t in times], times)]
+        content = {"seeds": [0, 19], "seconds": 1.8, "world": "bounce", "make": "sound", "rows": rows}
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     (tmp_path / "other.json").write_text(json.dumps(content | {"seeds": [1, 20]}))
+    (tmp_path / "old.json").write_text(json.dumps(content | {"rows": [{"sound": "clean"}]}))
     assert not evaluate.main(["compare", str(tmp_path / "right.json"), str(tmp_path / "late.json")])
     at_50, at_100 = capsys.readouterr().out.splitlines()
     assert "clean, F1 ±50 ms: +1.000 [+1.000, +1.000]" in at_50 and "(n = 20, 0 clips alike)" in at_50
     assert "+0.000 [+0.000, +0.000]" in at_100 and "20 clips alike" in at_100
     assert evaluate.main(["compare", str(tmp_path / "right.json"), str(tmp_path / "other.json")]) == 2
     assert "same seeds" in capsys.readouterr().err
+    assert evaluate.main(["compare", str(tmp_path / "right.json"), str(tmp_path / "old.json")]) == 2
+    assert "make it anew" in capsys.readouterr().err
 
 
 def test_evaluate_pairs_command(tmp_path, weights, capsys):
@@ -3452,6 +3456,46 @@ def test_weights_make_the_sounds_of_held_out_clips(trained, tmp_path):
     assert evaluate.scores(evaluate.event_counts(found, [clip.times for clip in clips], 0.05).sum(0)).f1 > 0.8
     pitch = evaluate.pitch_counts(mels, found, clips, HOP_SECONDS, evaluate.pitch_templates(VocoderConfig()))
     assert evaluate.share(pitch.sum(0)) > 0.6  # chance: 0.2
+
+
+@shipped
+@pytest.mark.parametrize("world, make, seconds", [
+    ("bounce", "sound", 1.8), ("bounce", "picture", 1.8), ("bounce", "both", 1.8), ("dance", "picture", 1.8),
+    ("dance", "sound", 3.6), ("dance", "both", 3.6)])
+def test_weights_worlds_score_the_truth_as_the_chain_ceiling(trained, tmp_path, monkeypatch, capsys, world, make,
+                                                              seconds):
+    """The true latents and mel in place of what a model makes: equal to the ceiling, and to the world in variety."""
+    if world == "dance":
+        pytest.importorskip("librosa")
+    given, truth = [], {}
+    encode = evaluate.Worlds.encode
+
+    def remember(self):
+        encode(self)
+        truth.update({seed: (x, self.models.cmmd.normalise(y)) for seed, x, y in zip(self.seeds, self.latents, self.mel)})
+
+    def generate(model, video, audio, frames, *, seeds, **settings):
+        given.append((video is not None, audio is not None, frames))
+        return [torch.stack(parts) for parts in zip(*(truth[seed] for seed in seeds))]
+
+    monkeypatch.setattr(evaluate.Worlds, "encode", remember)
+    monkeypatch.setattr(evaluate, "generate", generate)
+    monkeypatch.setattr("cmmd.sample.load_models", lambda *_: trained)
+    words = ["worlds", "--world", world, "--make", make, "--seconds", str(seconds), "--n", "4", "--batch", "3",
+             "--condition", "clean", "--out", str(tmp_path / "a.json")]
+    assert evaluate.main(words) == 0
+    said, result = capsys.readouterr().out, json.loads((tmp_path / "a.json").read_text())
+    assert given == [(make == "sound", make == "picture", round(seconds * 10))] * 2
+    raw, chain, made = result["rows"]
+    assert (made["counts_50"], made["f1_100"]) == (chain["counts_50"], chain["f1_100"])
+    assert result["of_ceiling"][0]["share_50"] == 1 and "F1 ÷ chain ceiling 1.000 [1.000, 1.000]" in said
+    assert raw["f1_100"] > (0.6 if world == "dance" else 0.8)
+    if make == "both":
+        assert result["variety"]["made"] == result["variety"]["world"] and "events a clip" in said
+    if (world, make) == ("dance", "sound"):
+        rates = {row["metric"]: row for row in result["beats"]}
+        assert "clean: beat hit rate ±100 ms" in said
+        assert rates["clean: beat hit rate ±100 ms"]["value"] == rates["clean: beat hit rate ±100 ms"]["ceiling"]
 
 
 @shipped
