@@ -7,7 +7,7 @@ In reading order
     events in pictures     picture_events: impacts of balls and beats of a dance, seen in true or made frames
     envelopes              envelope, envelope_correlation (plain and residual)
     pictures and vocoders  psnr, bicubic_baseline, vocoder_quality
-    worlds                 held-out clips with known events through files, models and detector, and their pictures
+    worlds                 held-out clips with known events in every direction: what is made, heard and seen; variety
     right and wrong pairs  pairs: the loss of true, shifted and swapped sounds by noise level, and retrieval
     speed                  seconds by stage, and peak memory, in a fresh process per length
     distances between sets frechet, kernel_distance; video_rows (Table 1), audio_distances
@@ -76,6 +76,7 @@ TEST_SEED = 0  # first seed of the test clips; settings are chosen on validation
 # ---------------------------------------------------------------- matching and scores
 
 Score = namedtuple("Score", "f1 precision recall")
+Events = namedtuple("Events", "times kinds")  # (N,) each, of one clip
 
 
 def match(a, b, tolerance):
@@ -193,8 +194,8 @@ def share(counts):
 def picture_events(frames, fps, world):
     """What happens in frames uint8 (T, H, W, 3) of the world "bounce" (touches) or "dance" (beats), at 10 fps or so.
 
-    -> times (N,) in seconds from the clip's start, sorted, and kinds (N,): of the ball, by its colour, or of the
-    dancer, by the shirt's. They are read off the frames alone, true or made. ValueError for other arrays or worlds."""
+    -> Events: times (N,) in seconds from the clip's start, sorted, and kinds (N,): of the ball, by its colour, or of
+    the dancer, by the shirt's, read off the frames alone, true or made. ValueError for other arrays or worlds."""
     frames = np.asarray(frames)
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or not frames.size:
         raise ValueError(f"expected frames uint8 (T, H, W, 3), got {frames.dtype} {frames.shape}")
@@ -203,7 +204,7 @@ def picture_events(frames, fps, world):
         raise ValueError(f"world {world!r}: choose bounce or dance")
     times, kinds = find(frames.astype(np.float32) / 255, fps)
     order = np.argsort(times, kind="stable")
-    return np.asarray(times, dtype=float)[order], np.asarray(kinds, dtype=int)[order]
+    return Events(np.asarray(times, dtype=float)[order], np.asarray(kinds, dtype=int)[order])
 
 
 def _touches(frames, fps):
@@ -359,7 +360,8 @@ def sound_scores(mels, clips, config):
 
 
 def event_row(found, true):
-    """F1, precision, recall, interval and chance at each tolerance, of lists of N arrays of times -> dict."""
+    """F1, precision, recall, interval, chance and each clip's counts at each tolerance, of lists of N arrays of times
+    -> dict."""
     row = {}
     for tolerance in TOLERANCES:
         counts, ms = event_counts(found, true, tolerance), round(tolerance * 1000)
@@ -367,19 +369,25 @@ def event_row(found, true):
             row[f"{key}_{ms}"] = float(value)
         row[f"interval_{ms}"] = bootstrap(counts, lambda pooled: scores(pooled).f1)
         row[f"chance_{ms}"] = float(chance(found, true, tolerance).f1)
+        row[f"counts_{ms}"] = counts.tolist()
     return row
 
 
 class Worlds:
-    """Held-out clips of `bounce`, encoded once; every way to make their sound is scored by the same `row`."""
+    """Held-out clips of a world, encoded once; all that is made of them, in any direction, is scored by one `row`.
 
-    def __init__(self, models, seeds, seconds, batch, folder):
-        self.models, self.seeds, self.batch, self.folder = models, seeds, batch, folder
+    make: "sound" (for their pictures), "picture" (for their sounds) or "both" (from nothing but as many seeds)."""
+
+    def __init__(self, models, name, make, seeds, seconds, batch, folder):
+        self.models, self.name, self.make = models, name, make
+        self.seeds, self.batch, self.folder = seeds, batch, folder
         self.device = next(models.cmmd.parameters()).device
-        self.clips = [bounce(seed, seconds=seconds) for seed in seeds]
+        self.clips = [WORLDS[name](seed, seconds=seconds) for seed in seeds]
         self.config = models.vocoder.config
         self.hop_seconds = self.config.hop / self.config.sample_rate
         self.true = torch.from_numpy(np.stack([clip.audio for clip in self.clips]))  # (N, S)
+        # the true sounds' log mel (N, M, L), with as many frames as the model makes for the clip
+        self.mel = log_mel(torch.nn.functional.pad(self.true, (0, -self.true.shape[1] % self.config.hop)), self.config)
         self.templates = pitch_templates(self.config)
         self.encode()
 
@@ -397,9 +405,9 @@ class Worlds:
         self.latents = torch.cat(latents)
         self.psnr, self.psnr_bicubic = float(torch.cat(own).mean()), float(torch.cat(bicubic).mean())
 
-    def padded_mel(self):
-        """The true sounds' log mel (N, M, L), with as many frames as the model makes for the clip."""
-        return log_mel(torch.nn.functional.pad(self.true, (0, -self.true.shape[1] % self.config.hop)), self.config)
+    def draw(self, latents):
+        """Latents (N, T, C, H, W) -> N videos uint8 (T, H, W, 3)."""
+        return [to_uint8(self.models.vae.decode(one[None].to(self.device)))[0] for one in latents]
 
     @torch.no_grad()
     def vocode(self, mel):
@@ -408,28 +416,69 @@ class Worlds:
         return through_wav_file(torch.cat(waves)[:, :self.true.shape[1]], self.config.sample_rate, self.folder)
 
     def generate(self, **settings):
-        """The model's waves (N, S) for the clips' video; settings go to `cmmd.generate`."""
-        mels = []
-        for part, seeds in zip(batches(self.latents, self.batch), batches(self.seeds, self.batch)):
-            mel = generate(self.models.cmmd, video=part.to(self.device), seeds=tuple(seeds), **settings)[1]
-            mels.append(self.models.cmmd.denormalise(mel).detach().float().cpu())
-        return self.vocode(torch.cat(mels))
+        """What the model makes -> latents (N, T, C, H, W) and log mel (N, M, L); settings go to `cmmd.generate`."""
+        model, made = self.models.cmmd, []
+        for latents, mel, seeds in zip(*(batches(x, self.batch) for x in (self.latents, self.mel, self.seeds))):
+            video = latents if self.make == "sound" else None
+            audio = model.normalise(mel) if self.make == "picture" else None
+            x = generate(model, video, audio, latents.shape[1], seeds=tuple(seeds), **settings)
+            made.append([x[0].cpu(), model.denormalise(x[1]).cpu()])
+        return [torch.cat(parts) for parts in zip(*made)]
 
-    def row(self, name, waves):
-        """Scores of the sounds (N, S) against the true impacts: one dict, a line of the table."""
-        mels = log_mel(waves, self.config).numpy()
-        found, true = [onsets(mel, self.hop_seconds) for mel in mels], [clip.times for clip in self.clips]
-        row = {"sound": name} | event_row(found, true)
-        counts = pitch_counts(mels, found, self.clips, self.hop_seconds, self.templates)
-        row.update(pitch=float(share(counts.sum(0))), pitch_interval=bootstrap(counts, share))
-        return row | {"pitch_n": int(counts[:, 1].sum()), "onsets": [times.round(4).tolist() for times in found]}
+    def heard(self, waves):
+        """Times of what is heard in waves (N, S), one array each: impacts in `bounce`, beats by librosa in `dance`."""
+        if self.name == "dance":
+            return [rhythm(wave.numpy(), self.config.sample_rate)[0] for wave in waves]
+        return [onsets(mel, self.hop_seconds) for mel in log_mel(waves, self.config).numpy()]
+
+    def row(self, name, videos, waves):
+        """Scores of N videos or waves (N, S) against the true events, or of the two against each other: a dict."""
+        if self.make == "picture":
+            return picture_row(name, videos, self.clips, self.name)
+        both = self.make == "both"
+        clips = [picture_events(video, FPS, self.name) for video in videos] if both else self.clips
+        found = self.heard(waves)
+        row = {"sound": name} | event_row(found, [clip.times for clip in clips])
+        if self.name == "bounce":
+            mels = log_mel(waves, self.config).numpy()
+            counts = pitch_counts(mels, found, clips, self.hop_seconds, self.templates)
+            row.update(pitch=float(share(counts.sum(0))), pitch_interval=bootstrap(counts, share))
+            row["pitch_n"] = int(counts[:, 1].sum())
+        return row | {"onsets": [times.round(4).tolist() for times in found]}
+
+    def ceilings(self):
+        """Rows of the truth, as it is and through the networks that anything made goes through."""
+        through = {"sound": "mel and vocoder", "picture": "the VAE", "both": "VAE, mel and vocoder"}[self.make]
+        yield self.row("true (raw ceiling)", [clip.video for clip in self.clips], self.true)
+        yield self.scored(f"true, through {through} (chain ceiling)", self.latents, self.mel)
+
+    def scored(self, name, latents, mel):
+        """The row of latents (N, T, C, H, W) and log mel (N, M, L), of which only what counts is decoded."""
+        return self.row(name, None if self.make == "sound" else self.draw(latents),
+                        None if self.make == "picture" else self.vocode(mel))
+
+    def spread(self, latents, mel):
+        """How varied N clips are: distances (root mean square) between any two, kinds, counts and tempi seen -> dict."""
+        figures, seen = {}, [picture_events(video, FPS, self.name) for video in self.draw(latents)]
+        for side, x in (("pictures", latents), ("sounds", self.models.cmmd.normalise(mel))):
+            apart = torch.pdist(x.flatten(1).double()) / math.sqrt(x[0].numel())
+            figures[f"distance of two {side}: least, median"] = [float(apart.min()), float(apart.median())]
+        count = Counter(kind for events in seen for kind in events.kinds.tolist())
+        figures["share of each kind"] = [count[kind] / max(1, count.total()) for kind in range(len(KIND_HUE))]
+        values = {"events a clip": [len(events.times) for events in seen]}
+        if self.name == "dance":
+            values["tempo"] = [60 / np.diff(events.times).mean() for events in seen if len(events.times) > 1]
+        for what, x in values.items():
+            spread = (np.mean, np.std, np.min, np.max) if x else ()
+            figures[f"{what}: mean, deviation, range"] = [float(function(x)) for function in spread]
+        return figures
 
     def quality(self):
         """PSNR of the VAE beside bicubic, and the vocoder on the true sounds beside Griffin-Lim."""
-        mel, length = self.padded_mel(), self.true.shape[1]
-        slow = torch.cat([griffin_lim(part, self.config) for part in batches(mel, self.batch)])[:, :length]
+        length = self.true.shape[1]
+        slow = torch.cat([griffin_lim(part, self.config) for part in batches(self.mel, self.batch)])[:, :length]
         return {"vae_psnr": self.psnr, "bicubic_psnr": self.psnr_bicubic,
-                "vocoder": vocoder_quality(self.vocode(mel), self.true, self.config),
+                "vocoder": vocoder_quality(self.vocode(self.mel), self.true, self.config),
                 "griffin_lim": vocoder_quality(slow, self.true, self.config)}
 
 
@@ -437,23 +486,61 @@ def worlds(args):
     """The command `worlds`: print, and with --out write, the table over held-out clips."""
     check_out(args.out)
     check_seeds(args)
+    if args.world == "dance" and args.make != "picture":
+        extra("librosa")
+        if args.seconds < BEAT_SECONDS:
+            raise ValueError(f"--seconds {args.seconds:g}: beats in sounds are tracked in {BEAT_SECONDS} s or more")
     from cmmd.sample import load_models
     models = load_models(args.weights, args.device)
     settings = {key: getattr(args, key) for key in ("steps", "guidance", "stochasticity", "sampler")
                 if getattr(args, key) is not None}
+    result = {key: getattr(args, key) for key in ("world", "make", "n", "seconds", "weights")}
+    result |= {"seeds": [args.seed_start, args.seed_start + args.n - 1], "settings": settings, "machine": machine()}
     with tempfile.TemporaryDirectory() as folder:
-        world = Worlds(models, range(args.seed_start, args.seed_start + args.n), args.seconds, args.batch, folder)
-        rows = [world.row("true (raw ceiling)", world.true),
-                world.row("true, through mel and vocoder (chain ceiling)", world.vocode(world.padded_mel()))]
-        for condition in args.condition:
-            start = time.perf_counter()
-            rows.append(world.row(condition, world.generate(condition=condition, **settings)))
+        seeds = range(args.seed_start, args.seed_start + args.n)
+        world = Worlds(models, args.world, args.make, seeds, args.seconds, args.batch, folder)
+        rows = [*world.ceilings()]
+        for condition in ["joint"] if args.make == "both" else args.condition:
+            start, way = time.perf_counter(), {} if args.make == "both" else {"condition": condition}
+            made = world.generate(**way, **settings)
+            rows.append(world.scored(condition, *made))
             print(f"{condition}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
-        result = {"n": args.n, "seeds": [args.seed_start, args.seed_start + args.n - 1], "seconds": args.seconds,
-                  "weights": args.weights, "settings": settings, "machine": machine(), "rows": rows, **world.quality()}
+        if args.make == "both":
+            result["variety"] = {"made": world.spread(*made), "world": world.spread(world.latents, world.mel)}
+        result |= {"rows": rows, "of_ceiling": of_ceiling(rows), **world.quality()}
+    if args.world == "dance" and args.make == "sound":
+        result["beats"] = beat_rows(rows)
     print(worlds_table(result))
     if args.out:
         write_result(args.out, result)
+
+
+def of_ceiling(rows):
+    """F1 of all rows after the two ceilings, as a share of the chain's -> [{name, share and interval at each
+    tolerance}]; the interval is over clips, drawn for both at once."""
+    ratio = lambda pooled: scores(pooled[..., 0, :]).f1 / scores(pooled[..., 1, :]).f1
+    lines = []
+    for row in rows[2:]:
+        lines.append({"name": row_name(row)})
+        for ms in (50, 100):
+            counts = np.stack([row[f"counts_{ms}"], rows[1][f"counts_{ms}"]], axis=1)  # (N, 2, counts)
+            lines[-1] |= {f"share_{ms}": float(ratio(counts.sum(0))), f"interval_{ms}": bootstrap(counts, ratio)}
+    return lines
+
+
+def row_name(row):
+    return row["pictures"] if "pictures" in row else row["sound"]
+
+
+def beat_rows(rows):
+    """The paper's beat hit rate and its like: rows of `folders` for every way of making sounds, against the beats that
+    are tracked in the true sound."""
+    hearing = lambda beats: Heard(*[None] * 2, np.array(beats), *[None] * 4)
+    true, through, *made = ([hearing(beats) for beats in row["onsets"]] for row in rows)
+    clips = [[([x], y, again) for x, y, again in zip(one, true, through)] for one in made]
+    lines = [(row_name(row), line) for row, one in zip(rows[2:], clips) for measure in measures()
+             if measure.needs[0] == "beats" for line in pair_rows(measure, one)]
+    return [line | {"metric": f"{name}: {line['metric']}"} for name, line in lines]
 
 
 @torch.no_grad()
@@ -489,27 +576,50 @@ def picture_row(name, videos, clips, world):
 
 
 def event_table(rows, what, right):
-    """The lines of a markdown table of `event_row`s: `what` is shown, and of the matched ones `right` is right."""
-    head = f"| {what} | F1 ±50 ms [95 %] | chance | F1 ±100 ms [95 %] | chance | {right} right [95 %] |"
-    lines = [head, "|---" * 6 + "|"]
-    span = lambda value, interval: f"{value:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"
+    """The lines of a markdown table of `event_row`s: `what` is shown, and of the matched ones `right` is right, where
+    that is known."""
+    known = right in rows[0]
+    head = f"| {what} | F1 ±50 ms [95 %] | chance | F1 ±100 ms [95 %] | chance |" + f" {right} right [95 %] |" * known
+    lines = [head, "|---" * (5 + known) + "|"]
     for row in rows:
         cells = [f"{span(row[f'f1_{ms}'], row[f'interval_{ms}'])} | {row[f'chance_{ms}']:.3f}" for ms in (50, 100)]
-        lines.append(f"| {row[what]} | {' | '.join(cells)} | {span(row[right], row[f'{right}_interval'])} |")
+        cells += [span(row[right], row[f"{right}_interval"])] if known else []
+        lines.append(f"| {row[what]} | {' | '.join(cells)} |")
     return lines
+
+
+def span(value, interval):
+    return f"{value:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"
 
 
 def worlds_table(result):
     """The markdown table, and the lines below it."""
     settings = ", ".join(f"{key} {value}" for key, value in result["settings"].items())
-    vocoder, slow = result["vocoder"], result["griffin_lim"]
+    vocoder, slow, dance = result["vocoder"], result["griffin_lim"], result["world"] == "dance"
     first, last = result["seeds"]
-    return "\n".join(event_table(result["rows"], "sound", "pitch") + [
-        "", f"n = {result['n']} clips of {result['seconds']} s, seeds {first} to {last}; weights {result['weights']}; "
-        f"{settings}; pitch: of the onsets matched within ±50 ms, chance 0.2; {result['machine']}.",
-        f"VAE PSNR {result['vae_psnr']:.2f} dB (8 x bicubic {result['bicubic_psnr']:.2f} dB). "
-        f"Vocoder mel L1 {vocoder['mel_l1']:.3f} (Griffin-Lim {slow['mel_l1']:.3f}), "
-        f"STFT distance {vocoder['stft']:.3f} ({slow['stft']:.3f})."])
+    what, right = ("pictures", "kind") if result["make"] == "picture" else ("sound", "pitch")
+    note = {"sound": f"F1 of {'tracked beats' if dance else 'onsets'} against the true events",
+            "picture": "F1 of the events seen against the true ones",
+            "both": f"F1 of the {'beats' if dance else 'onsets'} heard against the events seen"}[result["make"]]
+    note += f"; {right}: of those matched within ±50 ms, chance 0.2" if right in result["rows"][0] else ""
+    lines = [*event_table(result["rows"], what, right), "",
+             f"n = {result['n']} clips of {result['seconds']} s of {result['world']}, seeds {first} to {last}; weights "
+             f"{result['weights']}; {settings}; {note}; {result['machine']}.",
+             f"VAE PSNR {result['vae_psnr']:.2f} dB (8 x bicubic {result['bicubic_psnr']:.2f} dB). "
+             f"Vocoder mel L1 {vocoder['mel_l1']:.3f} (Griffin-Lim {slow['mel_l1']:.3f}), "
+             f"STFT distance {vocoder['stft']:.3f} ({slow['stft']:.3f})."]
+    for row in result["of_ceiling"]:
+        at = [f"{span(row[f'share_{ms}'], row[f'interval_{ms}'])} at ±{ms} ms" for ms in (50, 100)]
+        lines.append(f"{row['name']}: F1 ÷ chain ceiling {', '.join(at)}.")
+    if "beats" in result:
+        lines += ["", *score_table(result["beats"]), "", "¹ CMMD / nCMMD / MM-Diffusion on AIST++. ² The same sounds "
+                  "against other clips' beats. ³ The true sounds through mel and vocoder."]
+    if "variety" in result:
+        made, world = result["variety"]["made"], result["variety"]["world"]
+        figures = lambda values: ", ".join(f"{value:.3g}" for value in values)
+        lines += ["", "| variety | made | the world's own |", "|---" * 3 + "|"]
+        lines += [f"| {key} | {figures(made[key])} | {figures(world[key])} |" for key in made]
+    return "\n".join(lines)
 
 
 def machine():
@@ -525,22 +635,24 @@ def check_out(path):
 
 
 def compare(args):
-    """The command `compare`: the sounds of two results of `worlds` for the same clips, by a paired test over clips."""
+    """The command `compare`: two results of `worlds` for the same clips, by a paired test over clips."""
     (one, other), lines = [json.loads(Path(path).read_text()) for path in args.results], []
-    if any(one[key] != other[key] for key in ("seeds", "seconds")):
+    if any(one.get(key) != other.get(key) for key in ("seeds", "seconds", "world", "make")):
         raise ValueError(f"{args.results[1]}: has other clips than {args.results[0]}; make both with the same seeds")
-    true = [bounce(seed, one["seconds"], size=0).times for seed in range(one["seeds"][0], one["seeds"][1] + 1)]
-    found = [{row["sound"]: [np.array(times) for times in row["onsets"]] for row in x["rows"]} for x in (one, other)]
-    for name in [name for name in found[0] if name in found[1] and not name.startswith("true")]:
-        for tolerance in TOLERANCES:
-            counts = np.stack([event_counts(x[name], true, tolerance) for x in found], axis=1)  # (N, 2, counts)
+    rows = [{row_name(row): row for row in x["rows"]} for x in (one, other)]
+    for path, x in zip(args.results, rows):
+        if any("counts_50" not in row for row in x.values()):
+            raise ValueError(f"{path}: has no counts of single clips; make it anew with `evaluate.py worlds`")
+    for name in [name for name in rows[0] if name in rows[1] and not name.startswith("true")]:
+        for ms in (50, 100):
+            counts = np.stack([x[name][f"counts_{ms}"] for x in rows], axis=1)  # (N, 2, counts)
             gain = lambda pooled: scores(pooled[..., 0, :]).f1 - scores(pooled[..., 1, :]).f1
             low, high = bootstrap(counts, gain)
             single = np.nan_to_num(scores(counts[:, 0]).f1) - np.nan_to_num(scores(counts[:, 1]).f1)
             _, p, n, zeros = signed_rank(single)
-            lines.append(f"{name}, F1 ±{tolerance * 1000:.0f} ms: {gain(counts.sum(0)):+.3f} [{low:+.3f}, {high:+.3f}], "
+            lines.append(f"{name}, F1 ±{ms} ms: {gain(counts.sum(0)):+.3f} [{low:+.3f}, {high:+.3f}], "
                          f"Wilcoxon p = {p:.2g} (n = {n}, {zeros} clips alike)")
-    print("\n".join(lines) or "nothing to compare: no sound of a name in both")
+    print("\n".join(lines) or "nothing to compare: no row of a name in both")
 
 
 def check_seeds(args):
@@ -1144,12 +1256,7 @@ def folders(args):
 
 def folders_table(result):
     """The markdown table, and the lines below it."""
-    lines = ["| metric | paper¹ | ours [95 %] | chance² | ceiling³ | n | skipped, notes |", "|---" * 7 + "|"]
-    digits = lambda x: "–" if x is None or np.isnan(x) else f"{x:.3f}" if abs(x) < 10 else f"{x:.1f}"
-    for line in result["rows"]:
-        interval = "" if line["low"] is None else f" [{digits(line['low'])}, {digits(line['high'])}]"
-        lines.append(f"| {line['metric']} | {line['paper']} | {digits(line['value'])}{interval} | "
-                     f"{digits(line['chance'])} | {digits(line['ceiling'])} | {line['n']} | {line['note']} |")
+    lines = score_table(result["rows"])
     left = result["left_out"]
     notes = [f"Left out: {left[0]}" + (f", and {len(left) - 1} more" if left[1:] else "") + "."] if left else []
     notes += [f"Not asked for: {', '.join(result['not_asked'])}."] if result["not_asked"] else []
@@ -1157,6 +1264,17 @@ def folders_table(result):
              "of each. ¹ CMMD / nCMMD / MM-Diffusion on AIST++. ² The same outputs against other clips' truths. ³ The "
              "truth as output: through --vocoder, with its own picture, or a part of the reference against the rest.")
     return "\n".join([*lines, "", title, *notes])
+
+
+def score_table(rows):
+    """The lines of a markdown table of `row`s."""
+    lines = ["| metric | paper¹ | ours [95 %] | chance² | ceiling³ | n | skipped, notes |", "|---" * 7 + "|"]
+    digits = lambda x: "–" if x is None or np.isnan(x) else f"{x:.3f}" if abs(x) < 10 else f"{x:.1f}"
+    for line in rows:
+        interval = "" if line["low"] is None else f" [{digits(line['low'])}, {digits(line['high'])}]"
+        lines.append(f"| {line['metric']} | {line['paper']} | {digits(line['value'])}{interval} | "
+                     f"{digits(line['chance'])} | {digits(line['ceiling'])} | {line['n']} | {line['note']} |")
+    return lines
 
 
 # ---------------------------------------------------------------- figures
@@ -1613,7 +1731,10 @@ def arguments():
     """The parser of the command line."""
     parser = Parser(prog="evaluate.py", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("worlds", help="held-out bounce clips through the whole chain, against the true impacts")
+    one = commands.add_parser("worlds", help="what is made of held-out clips of a world, against their true events")
+    one.add_argument("--world", default="bounce", choices=WORLDS, help="(default: %(default)s)")
+    one.add_argument("--make", default="sound", choices=["sound", "picture", "both"], help="sounds for pictures, "
+                     "pictures for sounds, or both, heard against seen (default: %(default)s)")
     three = commands.add_parser("pictures", help="how well impacts and beats are read off held-out clips' pictures")
     six = commands.add_parser("compare", help="two results of worlds, paired over clips: the first less the second")
     six.add_argument("results", nargs=2, metavar="RESULT.json")

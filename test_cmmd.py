@@ -2487,6 +2487,31 @@ def test_sample_ranks_share_the_files(tmp_path, weights, monkeypatch, capsys):
     assert made == [["0", "3"], ["1", "4"], ["2"]] and len(list(Path("out").iterdir())) == 5
 
 
+PEAK = """
+import sys, numpy as np, torch
+from cmmd.evaluate import peak_memory
+from cmmd.sample import load_models, sample
+torch.set_num_threads(1)
+mode, seconds, models = sys.argv[2], float(sys.argv[3]), load_models(sys.argv[1], "cpu")
+given = dict(seconds=seconds)
+if mode != "both":
+    given = dict(audio=np.zeros(round(16000 * seconds), np.float32), sample_rate=16000)
+if mode == "kept":
+    given |= dict(make_audio=(1, 2))
+assert len(sample(**given, models=models, steps=1).audio) == round(16000 * seconds)
+print(peak_memory())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
+@pytest.mark.parametrize("mode, seconds", [("both", 600), ("picture", 600), ("kept", 300)])
+def test_sample_memory_is_flat_in_every_mode(tmp_path, weights, mode, seconds):
+    """A sound that is given is held whole: 38 MB for ten minutes, besides what reads it."""
+    peaks = [float(command(sys.executable, "-c", PEAK, weights, mode, length, cwd=REPO)) for length in (10, seconds)]
+    assert peaks[1] < 1.1 * peaks[0] + (0 if mode == "both" else 16e-6 * 16000 * seconds), peaks
+
+
 @pytest.mark.skipif(not (SHARED / "clips").is_dir(), reason="needs the real media of ../shared/data")
 @pytest.mark.parametrize("folder", ["clips", "awkward"])
 def test_sample_real_files_get_a_sound_or_one_line(tmp_path, models, folder):
@@ -3210,6 +3235,7 @@ def test_evaluate_psnr_and_baseline():
 def test_evaluate_command_refuses(capsys, tmp_path):
     for arguments, part in ((["worlds", "--n", "10", "--seed-start", "999999999"], "trained on"),
                             (["worlds", "--n", "1"], "at least 2"),
+                            (["worlds", "--world", "dance"], "3.6 s or more"),
                             (["worlds", "--out", str(tmp_path / "table.txt")], ".json or .csv")):
         assert evaluate.main(arguments) == 2
         error = capsys.readouterr().err
@@ -3774,16 +3800,19 @@ def test_evaluate_compare_pairs_clips(tmp_path, capsys):
     """Perfect sounds against sounds 70 ms late: all of F1 at 50 ms, nothing at 100; other seeds are refused."""
     times = [bounce(seed, size=0).times for seed in range(20)]
     for name, late in (("right", 0.0), ("late", 0.07)):
-        rows = [{"sound": "clean", "onsets": [(t + late).tolist() for t in times]}]
-        content = {"seeds": [0, 19], "seconds": 1.8, "rows": rows}
+        rows = [{"sound": "clean"} | evaluate.event_row([t + late for t in times], times)]
+        content = {"seeds": [0, 19], "seconds": 1.8, "world": "bounce", "make": "sound", "rows": rows}
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     (tmp_path / "other.json").write_text(json.dumps(content | {"seeds": [1, 20]}))
+    (tmp_path / "old.json").write_text(json.dumps(content | {"rows": [{"sound": "clean"}]}))
     assert not evaluate.main(["compare", str(tmp_path / "right.json"), str(tmp_path / "late.json")])
     at_50, at_100 = capsys.readouterr().out.splitlines()
     assert "clean, F1 ±50 ms: +1.000 [+1.000, +1.000]" in at_50 and "(n = 20, 0 clips alike)" in at_50
     assert "+0.000 [+0.000, +0.000]" in at_100 and "20 clips alike" in at_100
     assert evaluate.main(["compare", str(tmp_path / "right.json"), str(tmp_path / "other.json")]) == 2
     assert "same seeds" in capsys.readouterr().err
+    assert evaluate.main(["compare", str(tmp_path / "right.json"), str(tmp_path / "old.json")]) == 2
+    assert "make it anew" in capsys.readouterr().err
 
 
 def test_evaluate_pairs_command(tmp_path, weights, capsys):
@@ -3986,6 +4015,47 @@ def test_weights_make_the_sounds_of_held_out_clips(trained, tmp_path):
 
 
 @shipped
+@pytest.mark.parametrize("world, make, seconds", [
+    ("bounce", "sound", 1.8), ("bounce", "both", 1.8), *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        ("bounce", "picture", 1.8), ("dance", "picture", 1.8), ("dance", "sound", 3.6), ("dance", "both", 3.6)))])
+def test_weights_worlds_score_the_truth_as_the_chain_ceiling(trained, tmp_path, monkeypatch, capsys, world, make,
+                                                              seconds):
+    """The true latents and mel in place of what a model makes: equal to the ceiling, and to the world in variety."""
+    if world == "dance":
+        pytest.importorskip("librosa")
+    given, truth = [], {}
+    encode = evaluate.Worlds.encode
+
+    def remember(self):
+        encode(self)
+        mel = self.models.cmmd.normalise(self.mel)
+        truth.update({seed: pair for seed, *pair in zip(self.seeds, self.latents, mel)})
+
+    def generate(model, video, audio, frames, *, seeds, **settings):
+        given.append((video is not None, audio is not None, frames))
+        return [torch.stack(parts) for parts in zip(*(truth[seed] for seed in seeds))]
+
+    monkeypatch.setattr(evaluate.Worlds, "encode", remember)
+    monkeypatch.setattr(evaluate, "generate", generate)
+    monkeypatch.setattr("cmmd.sample.load_models", lambda *_: trained)
+    words = ["worlds", "--world", world, "--make", make, "--seconds", str(seconds), "--n", "4", "--batch", "3",
+             "--condition", "clean", "--out", str(tmp_path / "a.json")]
+    assert evaluate.main(words) == 0
+    said, result = capsys.readouterr().out, json.loads((tmp_path / "a.json").read_text())
+    assert given == [(make == "sound", make == "picture", round(seconds * 10))] * 2
+    raw, chain, made = result["rows"]
+    assert (made["counts_50"], made["f1_100"]) == (chain["counts_50"], chain["f1_100"])
+    assert result["of_ceiling"][0]["share_50"] == 1 and "F1 ÷ chain ceiling 1.000 [1.000, 1.000]" in said
+    assert raw["f1_100"] > (0.6 if world == "dance" else 0.8)
+    if make == "both":
+        assert result["variety"]["made"] == result["variety"]["world"] and "events a clip" in said
+    if (world, make) == ("dance", "sound"):
+        rates = {row["metric"]: row for row in result["beats"]}
+        assert "clean: beat hit rate ±100 ms" in said
+        assert rates["clean: beat hit rate ±100 ms"]["value"] == rates["clean: beat hit rate ±100 ms"]["ceiling"]
+
+
+@shipped
 def test_weights_keep_held_out_frames_and_sounds(trained):
     clips = [bounce(700_000 + i, seconds=1.792) for i in range(8)]
     frames = train.to_frames(np.stack([clip.video for clip in clips]))
@@ -3999,6 +4069,42 @@ def test_weights_keep_held_out_frames_and_sounds(trained):
     assert abs(normal.mean()) < 0.3 and 0.7 < normal.std() < 1.3
     ours, others = (mel_loss(x, waves, trained.vocoder.config) for x in (trained.vocoder.decode(mel), waves.roll(1, 0)))
     assert ours < 0.6 and ours < others / 2
+
+
+def seams(x, side):
+    """Where windows of `generate` begin or end on a canvas x, video (B, T, ...) or audio (B, M, L): how much the step
+    from frame to frame is there, as a share of what it is elsewhere, and how much the level differs (unit variance)."""
+    x = x.flatten(2).double() if side == 0 else x.transpose(1, 2).double()  # (B, frames, features)
+    windows = Windows(x.shape[1] if side == 0 else round(x.shape[1] / 6.25), CMMDConfig(), 8, 8)
+    edges = {place for start, n in windows.starts[side] for place in (start, start + n)} - {0}
+    border = torch.tensor([k + 1 in edges for k in range(x.shape[1] - 1)])
+    step, level = x.diff(dim=1).abs().mean(2), x[:, 1:].mean(2)
+    return [float(step[:, border].mean() / step[:, ~border].mean()),
+            float(level[:, border].mean() - level[:, ~border].mean())]
+
+
+@shipped
+@pytest.mark.slow
+@pytest.mark.parametrize("make", ["sound", "picture", "both"])
+def test_weights_leave_no_seams(trained, make):
+    """20 s, 24 windows: onset rate, level and change at their borders are those inside, in every direction."""
+    clips, seeds = [bounce(600_000 + i, 20.0) for i in range(2)], (0, 1)
+    frames = train.to_frames(np.stack([clip.video for clip in clips]))
+    mel = trained.cmmd.normalise(log_mel(torch.from_numpy(np.stack([clip.audio for clip in clips])),
+                                         trained.vocoder.config))
+    video = trained.vae.encode(frames) if make == "sound" else None
+    made = generate(trained.cmmd, video, mel if make == "picture" else None, 200, seeds=seeds)
+    for side in [1] if make == "sound" else [0] if make == "picture" else [0, 1]:
+        step, level = seams(made[side], side)
+        assert 0.85 < step < 1.15 and abs(level) < 0.1, (side, step, level)
+    if make != "sound":
+        return
+    near = []
+    for times in ([evaluate.onsets(x, HOP_SECONDS) for x in trained.cmmd.denormalise(made[1]).numpy()],
+                  [clip.times for clip in clips]):
+        phase = np.concatenate(times) % 0.8  # windows begin every 0.8 s and end 0.2 s later in that grid
+        near.append(np.mean(np.abs((phase[:, None] - [0, 0.2, 0.8])).min(1) < 0.07))
+    assert abs(near[0] - near[1]) < 0.1, near
 
 
 @shipped
