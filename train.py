@@ -529,6 +529,8 @@ def train_cmmd(args):
     """The joint model (Eq. 2): --first-lesson steps with one side clean, then the mixture (both ours); with --eta the
     joint contrastive loss (Eq. 6), with --margin its bounded form."""
     autoencoder, front = vae.load(args.vae).to(args.device), SMALL_VOCODER
+    if isinstance(args.config.get("fps"), (int, float)):
+        args.config.setdefault("frames", max(1, round(1.8 * args.config["fps"])))  # P: windows of 1.8 s
     model = initial(CMMD, lambda path: load(path, CMMD), default_config(autoencoder, front, args), args)
     sources = open_data(args, lambda entry, cache: encoded_files(entry, cache, autoencoder, model.config, args))
     shares = training_share(args, sources)
@@ -709,12 +711,9 @@ def fingerprint(autoencoder):
 
 
 def default_config(autoencoder, front, args):
-    """The sizes of --size for these latents and this front end, windows of 1.8 s (P)."""
+    """The sizes of --size for these latents and this front end."""
     same = {name: getattr(front, name) for name in ("sample_rate", "n_fft", "hop", "mel_bins", "f_min", "f_max")}
-    fps = args.config.get("fps", CMMDConfig.fps)
-    frames = max(1, round(1.8 * fps)) if isinstance(fps, (int, float)) else CMMDConfig.frames
-    return CMMDConfig(latent_channels=autoencoder.config.latent_channels, frames=frames, **same,
-                      **SIZES[args.size or "demo"])
+    return CMMDConfig(latent_channels=autoencoder.config.latent_channels, **same, **SIZES[args.size or "demo"])
 
 
 def mel_level(sources, config, front, args):
@@ -736,16 +735,22 @@ def mel_level(sources, config, front, args):
 
 
 def initial(cls, read, default, args):
-    """A fresh network, of the default sizes but for those in --config, or the weights of --init to go on from."""
+    """A fresh network, of the default sizes, or the weights of --init to go on from, but for what --config changes."""
     torch.manual_seed(args.seed)
-    if args.init:
-        return read(args.init).train().to(args.device)
+    given = read(args.init) if args.init else None
+    default = given.config if given else default
     if unknown := set(args.config) - set(asdict(default)):
         raise ValueError(f"--config knows no {', '.join(sorted(unknown))}; it may hold {', '.join(asdict(default))}")
     try:
-        return cls(replace(default, **args.config)).to(args.device)
+        network = cls(replace(default, **args.config))
+        if given:
+            network.load_state_dict(given.state_dict())
     except TypeError as error:
         raise ValueError(f"--config {json.dumps(args.config)}: a value is of the wrong kind ({error})") from None
+    except RuntimeError:
+        raise ValueError(f"--config {json.dumps(args.config)}: the weights of --init do not fit these sizes; leave out "
+                         "one or the other") from None
+    return network.to(args.device)
 
 
 RECIPES = {  # what each training starts from; all ours but the vocoder's seconds (P)
@@ -769,8 +774,8 @@ def check(args):
     for name in ("steps", "batch", "log_every", "eval_every", "save_every"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, it must be at least 1")
-    if args.init and (args.config or args.size):
-        raise ValueError("--init brings its own sizes; leave out --config and --size")
+    if args.init and args.size:
+        raise ValueError("--init brings its own sizes; leave out --size")
     if args.batch % (args.world * args.accumulate) or (args.world > 1 and args.task != "cmmd"):
         raise ValueError(f"--batch {args.batch} for {args.world} processes and --accumulate {args.accumulate}: it must "
                          "be a multiple of their product, and only cmmd trains in several processes")
@@ -793,7 +798,8 @@ def arguments(argv):
         for key, value in recipe.items():
             task.add_argument(f"--{key}", type=number(kind=type(value)), default=value)
         task.add_argument("--seed", type=SEED, default=0)
-        task.add_argument("--config", type=sizes, default={}, help="sizes of the network, where not the default: JSON")
+        task.add_argument("--config", type=sizes, default={}, help="sizes of the network, where not the default's or "
+                          "those of --init: JSON")
         task.add_argument("--init", help="weights to start from")
         task.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
         task.add_argument("--threads", type=number(1, kind=int), help="CPU threads")
