@@ -444,12 +444,12 @@ def _arguments(argv):
     parser = Parser(prog=Path(sys.argv[0]).name if "sample" in sys.argv[0] else "sample.py", description=
                     "Make the sound of videos, the picture of a sound (--audio), or both (--seconds alone). "
                     "Without any argument: a demonstration, demo.mp4 and demo.png. Under torchrun each process takes "
-                    "its share of the videos.")
+                    "its share of the files.")
     parser.add_argument("video", nargs="*", help="video files that get a sound")
     parser.add_argument("-o", "--output", help="file to write, " + " ".join(TYPES) + ", or a folder, which several "
-                        "videos need (default: NAME-cmmd.mp4)")
+                        "inputs need: NAME.mp4 in it (default: NAME-cmmd.mp4 here)")
     parser.add_argument("--skip-existing", action="store_true", help="leave out what is already there")
-    parser.add_argument("--audio", help="sound file, or video with sound, that gets a picture")
+    parser.add_argument("--audio", nargs="+", help="sound files, or videos with sound, that get a picture")
     parser.add_argument("--seconds", type=float, help="length, at most the input's (default: all of it)")
     for name, whose in (("video", "picture"), ("audio", "sound, by default the video's own")):
         parser.add_argument(f"--make-{name}", type=float, nargs=2, metavar=("START", "END"), help="make only this "
@@ -469,26 +469,38 @@ def _jobs(args):
     """What the command line asks for -> [(video, audio, output)], checked; none for the demonstration."""
     if args.video and args.audio and not (args.make_video or args.make_audio):
         raise ValueError(NOTHING_LEFT)
-    given = args.video or [args.audio]
+    if args.video and args.audio and len(args.audio) > 1:
+        raise ValueError(f"{len(args.audio)} sounds beside videos: give one, or make them one by one")
+    given = args.video or args.audio or [None]
     if given == [None] and args.seconds is None:
         if args.output is not None:
             raise ValueError("nothing to make: give a video, --audio or --seconds (or no -o for the demonstration)")
         return []
-    outputs = [f"{Path(one).stem}-cmmd.mp4" if one else "out.mp4" for one in given]
     if len(given) > 1 and args.output:
         if Path(args.output).suffix.lower() in TYPES or Path(args.output).is_file():
-            raise ValueError(f"{args.output}: {len(given)} videos need a folder to write to, this is a file's name")
+            raise ValueError(f"{args.output}: {len(given)} files need a folder to write to, this is a file's name")
         Path(args.output).mkdir(exist_ok=True)
-    if args.output:
-        folder = Path(args.output)
-        outputs = [folder / name for name in outputs] if folder.is_dir() else [folder]
+    outputs = [_output(one, args.output) for one in given]
     for one, output in zip(given, outputs):
         data.check_output(output, TYPES)
-        if one and Path(output).exists() and Path(one).exists() and Path(output).samefile(one):
+        if one and output.exists() and Path(one).exists() and output.samefile(one):
             raise ValueError(f"{output}: is the input itself; choose another file to write")
         if outputs.count(output) > 1:
             raise ValueError(f"{output}: would be the output of several inputs; give them different names")
-    return [(one if args.video else None, args.audio, Path(output)) for one, output in zip(given, outputs)]
+    if not args.video:
+        return [(None, one, output) for one, output in zip(given, outputs)]
+    return [(one, args.audio and args.audio[0], output) for one, output in zip(given, outputs)]
+
+
+def _output(source, wanted):
+    """Where to write what is made for the file `source` (None: for nothing), `wanted` a file, a folder or None."""
+    folder = Path(wanted or ".")
+    if not folder.is_dir():
+        return folder
+    if source is None:
+        return folder / "out.mp4"
+    beside = folder.resolve() == Path(source).resolve().parent or wanted is None
+    return folder / f"{Path(source).stem}{'-cmmd' * beside}.mp4"
 
 
 def _make(parser, args):

@@ -2456,16 +2456,22 @@ def test_sample_several_files_go_into_a_folder_and_failures_do_not_stop(tmp_path
     Path("c.mp4").write_text("this is no video\n" * 9)
     words = ("a.mp4", "c.mp4", "b.mkv", "none.mp4", "--weights", weights, "--steps", 1, "-o", "out")
     status, out, err = run_sample(capsys, *words)
-    assert status == 2 and out == ["out/a-cmmd.mp4: 0.5 s", "out/b-cmmd.mp4: 0.5 s"]
+    assert status == 2 and out == ["out/a.mp4: 0.5 s", "out/b.mp4: 0.5 s"]
     assert len(err) == 2 and "c.mp4" in err[0] and "none.mp4" in err[1]
-    assert sorted(p.name for p in Path("out").iterdir()) == ["a-cmmd.mp4", "b-cmmd.mp4"]
-    before = Path("out/a-cmmd.mp4").stat().st_mtime_ns
+    assert sorted(p.name for p in Path("out").iterdir()) == ["a.mp4", "b.mp4"]
+    before = Path("out/a.mp4").stat().st_mtime_ns
     status, out, err = run_sample(capsys, "a.mp4", "d.mp4", *words[4:], "--skip-existing")
-    assert status == 0 and not err and out == ["out/a-cmmd.mp4: is already there", "out/d-cmmd.mp4: 0.5 s"]
-    assert Path("out/a-cmmd.mp4").stat().st_mtime_ns == before
-    assert run_sample(capsys, "a.mp4", *words[4:-1], "out")[1] == ["out/a-cmmd.mp4: 0.5 s"]  # one file, into a folder
+    assert status == 0 and not err and out == ["out/a.mp4: is already there", "out/d.mp4: 0.5 s"]
+    assert Path("out/a.mp4").stat().st_mtime_ns == before
+    assert run_sample(capsys, "a.mp4", *words[4:-1], "out")[1] == ["out/a.mp4: 0.5 s"]  # one file, into a folder
+    assert run_sample(capsys, "a.mp4", *words[4:-1], ".")[1] == ["a-cmmd.mp4: 0.5 s"]  # beside it
+    for name in ("x", "y"):
+        data.write_clip(f"{name}.wav", audio=np.zeros(8000))
+    made = run_sample(capsys, "--audio", "x.wav", "y.wav", *words[4:-1], "out")
+    assert made == (0, ["out/x.mp4: 0.5 s", "out/y.mp4: 0.5 s"], [])
     Path("sub").mkdir()
     for bad, says in ((["a.mp4", "b.mkv", "-o", "new.mp4"], "folder"), (["a.mp4", "sub/a.mov", "-o", "out"], "several"),
+                      (["a.mp4", "--audio", "x.wav", "y.wav", "--make-audio", "0", "1"], "2 sounds"),
                       (["a.mp4", "b.mkv", "-o", "no/out"], "no/out"), (["a.mp4", "b.mkv", "-o", "a.mp4"], "folder")):
         status, out, err = run_sample(capsys, *bad, "--weights", weights)
         assert status == 2 and not out and len(err) == 1 and says in err[0]
