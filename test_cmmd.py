@@ -2961,6 +2961,18 @@ def test_train_torn_newest_checkpoint_falls_back_to_the_one_before(tmp_path, cap
         assert figures[0] == figures[1] and not list(out.glob(".*"))
 
 
+@pytest.mark.parametrize("text, kept", [
+    ("", ""), ("step,loss\n", "step,loss\n"), ("step,loss\n9,1.0\n20,0.5\n21,0.4\n", "step,loss\n9,1.0\n20,0.5\n"),
+    ("step,loss\n9,1.0\n1", "step,loss\n9,1.0\n")])
+def test_train_logs_lose_what_came_later_or_was_cut_off(tmp_path, text, kept):
+    path = tmp_path / "log.csv"
+    path.write_text(text)
+    train.forget(path, 20)
+    assert path.read_text() == kept
+    train.report(path, {"step": 21, "loss": 0.25})
+    assert path.read_text().replace("\r", "") == (kept or "step,loss\n") + "21,0.25\n"
+
+
 def test_train_full_disk_is_one_line_and_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     def fill(tensors, path, metadata):
         if metadata["step"] == "20":

@@ -254,7 +254,7 @@ def report(path, row, board=None):
     """One plain line on the terminal, one row of a CSV file and, if there is a board, its scalars."""
     shown = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items() if v == v}
     print("  ".join(f"{k} {v}" for k, v in shown.items()), flush=True)
-    new = not path.exists()
+    new = not path.exists() or not path.stat().st_size
     with open(path, "a", newline="") as file:
         writer = csv.DictWriter(file, list(row))
         if new:
@@ -265,11 +265,12 @@ def report(path, row, board=None):
 
 
 def forget(path, step):
-    """Drop from a log what was written after `step`, where a resumed run starts."""
+    """Drop from a log what was written after `step`, where a resumed run starts, and a row that was cut off."""
     if path.exists():
-        head, *rows = path.read_text().splitlines(keepends=True)
+        head, *rows = path.read_text().splitlines(keepends=True) or [""]
+        kept = [row for row in rows if row.endswith("\n") and int(row.split(",")[0]) <= step]
         with atomic(path) as temporary:
-            temporary.write_text("".join([head] + [row for row in rows if int(row.split(",")[0]) <= step]))
+            temporary.write_text("".join([head, *kept]))
 
 
 def clip_seed(args_seed, step, item, per_step):
