@@ -458,7 +458,7 @@ class Worlds:
                         None if self.make == "picture" else self.vocode(mel))
 
     def spread(self, latents, mel):
-        """How varied N clips are: distances (root mean square) between any two, kinds, counts and tempi seen -> dict."""
+        """How varied N clips are: distances (root mean square) of any two, kinds, counts and tempi seen -> dict."""
         figures, seen = {}, [picture_events(video, FPS, self.name) for video in self.draw(latents)]
         for side, x in (("pictures", latents), ("sounds", self.models.cmmd.normalise(mel))):
             apart = torch.pdist(x.flatten(1).double()) / math.sqrt(x[0].numel())

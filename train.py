@@ -825,34 +825,39 @@ def arguments(argv):
         if name != "cmmd":
             task.set_defaults(accumulate=1, size=None)
         if name == "cmmd":
-            task.add_argument("--size", choices=SIZES, help="of the model: demo, 10 M parameters, unless given; base, "
-                              "121 M; --config changes either")
-            task.add_argument("--accumulate", type=number(1, kind=int), default=1, help="parts in which a batch is "
-                              "computed, one after the other, to save memory")
-            task.add_argument("--compile", action="store_true", help="torch.compile the model, for a GPU")
-            task.add_argument("--vae", required=True, help="weights of the autoencoder")
-            task.add_argument("--first-lesson", type=int, default=400, help="steps with one side clean")
-            task.add_argument("--motion", type=number(0, 1), nargs=2, default=(0.0, 0.0), metavar="P", help="share of "
-                              "the video loss's weight that lies where the picture moves, in those steps and after")
-            task.add_argument("--time-shift", type=number(0.01, 100), help="of the video's noise level where both share "
-                              "one t (cmmd.levels); 1: the paper's (default: that of --init, or 1)")
-            task.add_argument("--clips", type=number(0, 10**7, int), default=0,
-                              help="of a world, draw so many once, into the cache, and cut windows from them; 0: "
-                              "always fresh")
-            task.add_argument("--eta", type=number(0), default=0.0, help="weight of Eq. 6's contrastive terms; 0: none")
-            task.add_argument("--margin", type=number(0), help="bound them: negatives worse by this are left alone")
-            task.add_argument("--negatives", type=number(0, 1), default=0.25, help="share of the batch that has them")
-            task.add_argument("--negatives-at", type=number(0, 1), nargs=2, default=(0.0, 1.0), metavar="T",
-                              help="only from this to that noise level, of the noisier side")
-            task.add_argument("--negatives-where", choices=("any", "clean", "noisy"), default="any",
-                              help="only where one side is clean, or none is")
-            task.add_argument("--kinds", type=number(0), nargs=3, default=(1, 1, 1), metavar="P", help="shares of the "
-                              "negatives: shift, splice, swap")
-            task.add_argument("--shift", type=number(0, 60), nargs=2, default=(0.1, 0.4), metavar="S",
-                              help="how far shifts go, from and to, in seconds")
-            task.add_argument("--shares", type=number(0, 1), nargs=4, default=(0.2, 0.1, 0.5, 0.2), metavar="P",
-                              help="then, shares of: one t, two, clean video, clean audio")
+            model_arguments(task)
     return parser, parser.parse_args(argv)
+
+
+def model_arguments(task):
+    """What only the joint model's training takes."""
+    task.add_argument("--size", choices=SIZES, help="of the model: demo, 10 M parameters, unless given; base, "
+                      "121 M; --config changes either")
+    task.add_argument("--accumulate", type=number(1, kind=int), default=1, help="parts in which a batch is "
+                      "computed, one after the other, to save memory")
+    task.add_argument("--compile", action="store_true", help="torch.compile the model, for a GPU")
+    task.add_argument("--vae", required=True, help="weights of the autoencoder")
+    task.add_argument("--first-lesson", type=int, default=400, help="steps with one side clean")
+    task.add_argument("--motion", type=number(0, 1), nargs=2, default=(0.0, 0.0), metavar="P", help="share of "
+                      "the video loss's weight that lies where the picture moves, in those steps and after")
+    task.add_argument("--time-shift", type=number(0.01, 100), help="of the video's noise level where both share "
+                      "one t (cmmd.levels); 1: the paper's (default: that of --init, or 1)")
+    task.add_argument("--clips", type=number(0, 10**7, int), default=0,
+                      help="of a world, draw so many once, into the cache, and cut windows from them; 0: "
+                      "always fresh")
+    task.add_argument("--eta", type=number(0), default=0.0, help="weight of Eq. 6's contrastive terms; 0: none")
+    task.add_argument("--margin", type=number(0), help="bound them: negatives worse by this are left alone")
+    task.add_argument("--negatives", type=number(0, 1), default=0.25, help="share of the batch that has them")
+    task.add_argument("--negatives-at", type=number(0, 1), nargs=2, default=(0.0, 1.0), metavar="T",
+                      help="only from this to that noise level, of the noisier side")
+    task.add_argument("--negatives-where", choices=("any", "clean", "noisy"), default="any",
+                      help="only where one side is clean, or none is")
+    task.add_argument("--kinds", type=number(0), nargs=3, default=(1, 1, 1), metavar="P", help="shares of the "
+                      "negatives: shift, splice, swap")
+    task.add_argument("--shift", type=number(0, 60), nargs=2, default=(0.1, 0.4), metavar="S",
+                      help="how far shifts go, from and to, in seconds")
+    task.add_argument("--shares", type=number(0, 1), nargs=4, default=(0.2, 0.1, 0.5, 0.2), metavar="P",
+                      help="then, shares of: one t, two, clean video, clean audio")
 
 
 @contextmanager
