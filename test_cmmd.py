@@ -148,7 +148,7 @@ def header_changed(path, **header):
     (lambda path: header_changed(path, **{"class": "CMMD"}), "config"),
     (lambda path: header_changed(path, **{"class": "CMMD", "config": "{"}), "config"),
     (lambda path: header_changed(path, **{"class": "CMMD", "config": '{"bands": 3}'}), "bands"),
-    (lambda path: header_changed(path, **{"class": "CMMD", "config": '{"fusion": "strong"}'}), "'learned', 'mean' or"),
+    (lambda path: header_changed(path, **{"class": "CMMD", "config": '{"fusion": "strong"}'}), "'learned', 'mean', 'attention' or"),
     (lambda path: header_changed(path, **{"class": "CMMD", "config": "{}"}), "weights do not fit"),
 ])
 def test_cmmd_load_says_what_is_wrong(tmp_path, spoil, says):
@@ -605,7 +605,8 @@ def test_cmmd_samplers_equal_diffusers(sampler, s, wanted):
     "midpoint"), v_prediction, float64, alphas_cumprod set to ours at the six times. Our s was made there by another eta
     at each step, see below. The solver knows no t = 1, of infinite noise, so its first step is its DDIM's."""
     fresh = iter(DIFFUSERS_NOISE)
-    made = cmmd.integrate(lambda x, t, _: [diffusers_clean(x[0], t), None], [DIFFUSERS_START.clone(), None], 1, 6, sampler, s,
+    start = [DIFFUSERS_START.clone(), None]
+    made = cmmd.integrate(lambda x, t, _: [diffusers_clean(x[0], t), None], start, 1, 6, sampler, s,
                           lambda side: next(fresh))[0]
     torch.testing.assert_close(made, torch.tensor(wanted), rtol=0, atol=1e-5)
 
