@@ -206,8 +206,8 @@ class Vocoder(nn.Module):
         return torch.tanh(self.last(_activate(x, 3)).float())[:, 0]  # (B, 1, S) -> (B, S)
 
     def decode(self, mel, chunk=CHUNK):
-        """`forward` without gradients for any L >= 1, by `pieces`."""
-        return torch.cat([*self.pieces(mel, chunk)], 1)
+        """`forward` without gradients for any L, by `pieces`."""
+        return torch.cat([mel.new_zeros(len(mel), 0), *self.pieces(mel, chunk)], 1)
 
     @torch.no_grad()
     def pieces(self, mel, chunk=CHUNK):
@@ -217,7 +217,7 @@ class Vocoder(nn.Module):
         Each chunk sees `context` frames more to either side, so the result is `forward`'s up to rounding. A mel shorter
         than `least_frames` is lengthened by its last frame first."""
         L, hop, context = mel.shape[2], self.config.hop, self.context
-        if L < self.least_frames:
+        if 0 < L < self.least_frames:
             mel = F.pad(mel, (0, self.least_frames - L), mode="replicate")
         for start in range(0, L, chunk):
             stop, left = min(start + chunk, L), max(start - context, 0)
