@@ -487,9 +487,9 @@ def worlds(args):
     check_out(args.out)
     check_seeds(args)
     if args.world == "dance" and args.make != "picture":
-        extra("librosa")
         if args.seconds < BEAT_SECONDS:
             raise ValueError(f"--seconds {args.seconds:g}: beats in sounds are tracked in {BEAT_SECONDS} s or more")
+        extra("librosa")
     from cmmd.sample import load_models
     models = load_models(args.weights, args.device)
     settings = {key: getattr(args, key) for key in ("steps", "guidance", "stochasticity", "sampler")
