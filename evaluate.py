@@ -1130,11 +1130,13 @@ def beat_counts(made, true, tolerance):
 
 
 def align_counts(made, true):
+    """(AV-Align of the made sound with its picture, 1), or why there is none."""
     value = av_align(made.sound_peaks, true.motion_peaks)
     return value if isinstance(value, str) else (value, 1)
 
 
 def envelope_counts(made, true, typical=None):
+    """(correlation of two envelopes (L,), less what is typical, 1), or why there is none."""
     value = envelope_correlation(made.envelope[None], true.envelope[None], typical)[0]
     return "constant loudness" if np.isnan(value) else (value, 1)
 
@@ -1146,6 +1148,7 @@ def active_counts(made, true):
 
 
 def movement_counts(made, true):
+    """(correlation over time of the movement in two pictures, as far as both go, 1), or why there is none."""
     n = min(len(made.movement), len(true.movement))
     value = envelope_correlation(made.movement[None, :n], true.movement[None, :n])[0]
     return "a still picture" if np.isnan(value) else (value, 1)
@@ -1201,6 +1204,7 @@ def pair_rows(measure, clips):
 
 
 def sum_of(counts):
+    """Counts of N clips, added up."""
     return np.sum(counts, axis=0, dtype=float)
 
 

@@ -148,7 +148,8 @@ def header_changed(path, **header):
     (lambda path: header_changed(path, **{"class": "CMMD"}), "config"),
     (lambda path: header_changed(path, **{"class": "CMMD", "config": "{"}), "config"),
     (lambda path: header_changed(path, **{"class": "CMMD", "config": '{"bands": 3}'}), "bands"),
-    (lambda path: header_changed(path, **{"class": "CMMD", "config": '{"fusion": "strong"}'}), "'learned', 'mean', 'attention' or"),
+    (lambda path: header_changed(path, **{"class": "CMMD", "config": '{"fusion": "strong"}'}),
+     "'learned', 'mean', 'attention' or"),
     (lambda path: header_changed(path, **{"class": "CMMD", "config": "{}"}), "weights do not fit"),
 ])
 def test_cmmd_load_says_what_is_wrong(tmp_path, spoil, says):
