@@ -64,7 +64,7 @@ def atomic(path):
         Path(name).unlink(missing_ok=True)
 
 
-def save(path, module, dtype=None):
+def save(path: str | os.PathLike, module: nn.Module, dtype: torch.dtype | None = None) -> None:
     """Write module's weights, class name and config to one safetensors file; floating weights as `dtype` if given."""
     weights = {name: w.detach().cpu().contiguous() for name, w in module.state_dict().items()}
     if dtype is not None:
@@ -74,7 +74,7 @@ def save(path, module, dtype=None):
         save_file(weights, temporary, metadata=header)
 
 
-def load(path, cls):
+def load(path: str | os.PathLike, cls: type[nn.Module]) -> nn.Module:
     """Build cls(cls.Config) from a file that `save` wrote, load the weights strictly -> the module, float32, eval mode.
 
     ValueError, in one line, if the file is missing, is no safetensors file, holds another class, config or tensors."""
@@ -780,8 +780,10 @@ def draw_negatives(x, shifted, others, dim, shares=(1, 1, 1)):
 
 
 @torch.no_grad()
-def generate(model, video=None, audio=None, frames=None, *, keep=(None, None), steps=6, condition="clean",
-             guidance=None, sampler="ddim", stochasticity=0.0, seeds=(0,), stride=8, window_batch=8, progress=None):
+def generate(model: CMMD, video: torch.Tensor | None = None, audio: torch.Tensor | None = None,
+             frames: int | None = None, *, keep=(None, None), steps: int = 6, condition: str = "clean",
+             guidance: float | None = None, sampler: str = "ddim", stochasticity: float = 0.0, seeds=(0,),
+             stride: int = 8, window_batch: int = 8, progress=None) -> tuple[torch.Tensor, torch.Tensor]:
     """Sample what is missing: sound for `video`, video for `audio`, both for `frames` -> latents (B, T, C, H, W) and
     normalised mel (B, M, L), float32; what was given is returned as it is.
 

@@ -17,6 +17,7 @@ Letters: T video frames, H W height and width, S samples. Frames are uint8 (T, H
 
 import csv
 import math
+import os
 import random
 import re
 import subprocess
@@ -188,12 +189,14 @@ class Video:
         _warn(self.path, "picture", log, missing + max(0.0, whole - end), max(whole, end))
 
 
-def read_video(path, fps=10, size=64, start=0.0, seconds=None):
+def read_video(path: str | os.PathLike, fps: float = 10, size: int = 64, start: float = 0.0,
+               seconds: float | None = None) -> np.ndarray:
     """All frames of a video file, as `Video` samples them -> uint8 (T, size, size, 3), T = ceil(duration * fps)."""
     return np.concatenate(list(Video(path, fps, size, start, seconds)))
 
 
-def read_audio(path, sample_rate=16000, start=0.0, seconds=None):
+def read_audio(path: str | os.PathLike, sample_rate: int = 16000, start: float = 0.0,
+               seconds: float | None = None) -> np.ndarray:
     """The sound of a video or sound file, mixed to one channel -> float32 (S,) in [-1, 1] at sample_rate.
 
     It starts where the clip does: silence stands where a picture starts before its sound and in gaps. `start` and
@@ -270,7 +273,7 @@ def _warn(path, what, log, missing, whole):
 # ---- Writing
 
 
-def write_clip(path, video=None, audio=None, fps=10, sample_rate=16000):
+def write_clip(path: str | os.PathLike, video=None, audio=None, fps: float = 10, sample_rate: int = 16000) -> None:
     """Write frames uint8 (T, H, W, 3) and/or a wave float (S,) to .mp4 .mov .mkv .webm .gif (silent) .wav or .flac.
 
     ValueError, in one line, for another extension, a folder that cannot be written, or nothing to write; the file
@@ -294,7 +297,8 @@ def write_clip(path, video=None, audio=None, fps=10, sample_rate=16000):
         _run([*inputs, *codecs, *extra, "-y", f"file:{whole}"], stdin=memoryview(video).cast("B"), name=path)
 
 
-def add_audio(source, wave, sample_rate, path, seconds=None):
+def add_audio(source: str | os.PathLike, wave: np.ndarray, sample_rate: int, path: str | os.PathLike,
+              seconds: float | None = None) -> None:
     """Write the picture of the video file `source` with a new sound, wave float (S,), to .mp4 .mov .mkv or .webm.
 
     The picture is copied as it is where the container takes it and all of it is wanted, else encoded anew; the wave is
@@ -500,7 +504,7 @@ class WorldClip(NamedTuple):
     tempo: float | None = None
 
 
-def bounce(seed, seconds=1.8, fps=10, size=64, sample_rate=16000):
+def bounce(seed: int, seconds: float = 1.8, fps: float = 10, size: int = 64, sample_rate: int = 16000) -> WorldClip:
     """The `bounce` world: 1-3 balls of five kinds, a clip of `seconds` at `fps` and `size` pixels -> WorldClip.
 
     Every touch of the floor sounds and every sound is a touch; touches before the clip's start leave their ring in it.
@@ -636,7 +640,7 @@ class _Ball:
         return shade
 
 
-def dance(seed, seconds=1.8, fps=10, size=64, sample_rate=16000):
+def dance(seed: int, seconds: float = 1.8, fps: float = 10, size: int = 64, sample_rate: int = 16000) -> WorldClip:
     """The `dance` world: a figure moves to music, a clip of `seconds` at `fps` and `size` pixels -> WorldClip.
 
     `times` are the beats, a grid of TEMPI beats a minute and any phase; `kinds` is the same for all of them, one of

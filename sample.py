@@ -18,6 +18,7 @@ import sys
 import tempfile
 import warnings
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,7 +59,7 @@ class Clip(NamedTuple):
     sample_rate: int
     source: Path | None = None
 
-    def save(self, path):
+    def save(self, path: str | os.PathLike) -> None:
         """Write to .mp4 .mov .mkv .webm (a source's own picture with the new sound), .gif, .wav, .flac or .png (frames
         over the spectrogram). ValueError, in one line, for another extension or a folder that cannot be written."""
         path = data.check_output(path, TYPES)
@@ -78,9 +79,11 @@ class Clip(NamedTuple):
         return f'<video controls loop src="data:video/mp4;base64,{content}"></video>'
 
 
-def sample(video=None, audio=None, *, seconds=None, make_video=None, make_audio=None, fps=None, sample_rate=None,
-           steps=6, condition="clean", guidance=None, stochasticity=0.0, seed=0, weights="worlds", device=None,
-           models=None, progress=None):
+def sample(video=None, audio=None, *, seconds: float | None = None, make_video: tuple | None = None,
+           make_audio: tuple | None = None, fps: float | None = None, sample_rate: int | None = None, steps: int = 6,
+           condition: str = "clean", guidance: float | None = None, stochasticity: float = 0.0, seed: int = 0,
+           weights: str | os.PathLike = "worlds", device: str | None = None, models: Models | None = None,
+           progress: Callable[[str, int, int], None] | None = None) -> Clip | list[Clip]:
     """Make the sound of a video, the picture of a sound, or (given neither) both -> Clip.
 
     video: a file, or frames (T, H, W, 3), uint8 or float in [0, 1], at `fps`. audio: a file, or a wave (S,) or
@@ -192,7 +195,7 @@ def _kept(frames, mel, stretches, config):
     return keep
 
 
-def load_models(weights="worlds", device=None):
+def load_models(weights: str | os.PathLike = "worlds", device: str | None = None) -> Models:
     """The networks of a folder with vae, vocoder and cmmd.safetensors, or of a name in weights/ -> Models on `device`.
 
     The first two may be published weights: see `load` in vae.py and vocoder.py. ValueError, in one line, if files are

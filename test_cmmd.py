@@ -31,6 +31,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_type_hints
 
 import numpy as np
 import pytest
@@ -3980,7 +3981,7 @@ def test_packaging_only_the_package_lands(installed):
     _, site, landed = installed
     assert landed == {"cmmd", f"cmmd-{cmmd.__version__}.dist-info"}
     names = {path.name for path in (site / "cmmd").iterdir()}
-    assert names == {"__init__.py", "weights"} | {
+    assert names == {"__init__.py", "py.typed", "weights"} | {
         f"{name}.py" for name in ("vae", "vocoder", "data", "sample", "train", "evaluate")}
     box = {path.relative_to(REPO) for path in (REPO / "weights").rglob("*") if path.is_file()}
     assert box == {path.relative_to(site / "cmmd") for path in (site / "cmmd" / "weights").rglob("*") if path.is_file()}
@@ -3990,6 +3991,13 @@ def test_packaging_only_the_package_lands(installed):
     assert {name.split(">")[0] for name in needs} == {
         "torch", "numpy", "soundfile", "imageio[ffmpeg]", "imageio-ffmpeg", "safetensors"}
     assert "imageio-ffmpeg>=0.8" in needs  # 0.5.1 brings ffmpeg 4.2, without -fps_mode; 0.7 a 7.0.2 that crashes on .ts
+
+
+def test_packaging_public_edges_have_type_hints():
+    edges = (cmmd.generate, cmmd.save, cmmd.load, sample, load_models, Clip.save, data.read_video, data.read_audio,
+             data.write_clip, data.add_audio, bounce, dance, vae_module.load, vocoder_module.load, log_mel)
+    for function in edges:
+        assert "return" in get_type_hints(function), function  # py.typed says that they are there
 
 
 def test_packaging_works_beside_a_users_own_files(installed, tmp_path, weights):

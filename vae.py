@@ -10,10 +10,12 @@ Letters: B batch, T video frames, C latent channels, H W height and width of the
 """
 
 import math
+import os
 import re
 import sys
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -235,12 +237,12 @@ class VAE(nn.Module):
         return [torch.as_tensor(x, device=device).reshape(-1, 1, 1) for x in (self.config.scale, self.config.shift)]
 
 
-def to_frames(video):
+def to_frames(video: np.ndarray | torch.Tensor) -> torch.Tensor:
     """uint8 (..., H, W, 3), array or tensor -> float32 (..., 3, H, W) in [-1, 1]."""
     return torch.as_tensor(video).movedim(-1, -3).contiguous().float() / 127.5 - 1
 
 
-def to_uint8(frames):
+def to_uint8(frames: torch.Tensor) -> np.ndarray:
     """Inverse of `to_frames`, rounded: float (..., 3, H, W) in [-1, 1] -> uint8 array (..., H, W, 3)."""
     return ((frames.clamp(-1, 1) + 1) * 127.5).round().byte().movedim(-3, -1).cpu().numpy()
 
@@ -335,7 +337,7 @@ KNOWN_FILES = {  # a piece of a tensor's name -> what a file with it looks like
 }
 
 
-def load(path, *, scale=None, shift=None, groups=None):
+def load(path: str | os.PathLike, *, scale=None, shift=None, groups: int | None = None) -> VAE:
     """A `VAE` in evaluation mode, float32, from one of our safetensors files or from a published Gaussian autoencoder.
 
     The latter by diffusers' names (`AutoencoderKL`; old or new ones of attention) or CompVis' (alone or in a whole

@@ -13,6 +13,7 @@ Waves are float (B, S) in [-1, 1]; mels are log10 of a magnitude, float (B, M, L
 """
 
 import math
+import os
 import re
 import sys
 from dataclasses import dataclass
@@ -94,7 +95,7 @@ def _spectrum(padded, config):
     return torch.stft(padded, config.n_fft, config.hop, window=window, center=False, return_complex=True)
 
 
-def log_mel(wave, config):
+def log_mel(wave: torch.Tensor, config) -> torch.Tensor:
     """Wave (B, S) in [-1, 1] -> log10 mel magnitude (B, M, S//hop), floored at log10(1e-5) = -5; differentiable.
 
     Frame j is centred at (j + 1/2) * hop / sample_rate seconds: the wave is mirrored by (n_fft - hop)/2 at either end.
@@ -392,7 +393,7 @@ KNOWN_FILES = {  # a piece of a tensor's name -> what a file with it looks like
 }
 
 
-def load(path, **mel_settings):
+def load(path: str | os.PathLike, **mel_settings) -> Vocoder:
     """A `Vocoder` in evaluation mode, from one of our safetensors files or from a melgan-neurips generator state dict.
 
     The latter (`.pt` or `.safetensors`, weight-normed by torch's old or new names, or folded) doesn't say which mel it
