@@ -2572,10 +2572,10 @@ def stop_after_saving(monkeypatch, step):
 
 
 def few_clips(monkeypatch):
-    """Trainings draw many clips of the world: let 8 do."""
-    drawn = cache(bounce)
-    few = lambda seed, *rest, **settings: drawn(seed % 8, *rest, **settings)
-    monkeypatch.setitem(train.WORLDS, "bounce", few)
+    """Trainings draw many clips of the worlds: let 8 of each do."""
+    for name, world in list(train.WORLDS.items()):
+        few = lambda seed, *rest, drawn=cache(world), **settings: drawn(seed % 8, *rest, **settings)
+        monkeypatch.setitem(train.WORLDS, name, few)
     monkeypatch.setattr(train.HeldOut, "clips", 2)
 
 

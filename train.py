@@ -449,8 +449,8 @@ class PairBatches:
     picture and the sound cut `shift` (from, to; s) earlier or later; those of another clip where this one is no longer
     than a window. 18 frames go with the first 112 mel frames (P).
 
-    sources take turns: each is a FileCache, the encoded clips of a world, or the name of a world, whose clips are then
-    drawn fresh and encoded with `vae_path`."""
+    sources take turns: each is a FileCache of encoded clips, or the name of a world, whose clips are then drawn fresh
+    and encoded with `vae_path`."""
 
     batch: int
     seed: int
@@ -497,12 +497,10 @@ class PairBatches:
         c, out, fresh = self.config, [None] * self.batch, []
         for i in range(self.batch):
             source = self.sources[i % len(self.sources)]
-            if source in WORLDS:
-                fresh.append((i, WORLDS[source]))
+            if isinstance(source, FileCache):
+                out[i] = open_encoded(source.paths[source.draw(rng)])
             else:
-                files = isinstance(source, FileCache)
-                path = source.paths[source.draw(rng)] if files else source[rng.integers(len(source))]
-                out[i] = open_encoded(path)
+                fresh.append((i, WORLDS[source]))
         if fresh:
             self.vae = self.vae or vae.load(self.vae_path)
             seconds = c.frames / c.fps + (2 * self.shift[1] if self.negatives else 0)
@@ -539,7 +537,7 @@ def train_cmmd(args):
         model.config = replace(model.config, **mel_level(shares, model.config, front, args) | args.config)
     model.config = config = replace(model.config, shift=args.time_shift or model.config.shift)
     state = State({"cmmd": model}, "cmmd", args)
-    files = [cached_clips(args, x, autoencoder, config) if args.clips and x in WORLDS else x for x in shares]
+    files = [cached_clips(args, x, autoencoder, config) if args.clips and isinstance(x, str) else x for x in shares]
     negatives = round(args.negatives * args.batch) if args.eta else 0
     batches = PairBatches(args.batch, args.seed, config, front, args.vae, tuple(files), negatives, tuple(args.shift))
 
@@ -687,12 +685,12 @@ def encoded_files(entry, cache, autoencoder, config, args):
 
 
 def cached_clips(args, name, autoencoder, config):
-    """--clips clips of the world `name`, encoded once into the cache or found there -> their files."""
+    """--clips clips of the world `name`, encoded once into the cache or found there -> FileCache."""
     folder = Path(args.cache or Path(args.out) / "cache")
     folder.mkdir(parents=True, exist_ok=True)
     seconds = config.frames / config.fps + 2 * args.shift[1]
     kind = f"{seconds:g}s-{fingerprint(autoencoder)}"  # what another cache would differ in
-    files = [folder / f"{name}-{TRAINING_SEED + i}-{kind}.safetensors" for i in range(args.clips)]
+    files = tuple(folder / f"{name}-{TRAINING_SEED + i}-{kind}.safetensors" for i in range(args.clips))
     for i in range(0, len(files), 16):
         if missing := [file for file in files[i : i + 16] if not file.exists()]:
             seeds = [int(file.stem.split("-")[1]) for file in missing]
@@ -701,7 +699,8 @@ def cached_clips(args, name, autoencoder, config):
                 write_encoded(file, code.latents, clip.audio, clip.fps, clip.sample_rate)
             if i % 512 == 0:
                 print(f"{name}: encoded {i + len(missing)} of {len(files)} clips", flush=True)
-    return tuple(map(str, files))
+    n, T = len(files), math.ceil(seconds * config.fps - 1e-9)
+    return FileCache(tuple(file.name for file in files), tuple(map(str, files)), (T,) * n, (0,) * n)
 
 
 def fingerprint(autoencoder):
