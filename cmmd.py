@@ -316,6 +316,11 @@ class CMMDConfig:
             raise ValueError("CMMD size, fps, frames, blocks, mel_std and shift must be above 0")
 
 
+SIZES = {  # "demo" is the config's own, 10 M parameters; "base" has 121 M, for one GPU of 24 GB or more
+    "demo": {}, "base": dict(video_channels=(192, 320, 480), audio_channels=(320, 512, 704)),
+}
+
+
 def mel_frames(T, config):
     """Mel frames that T video frames reach into: ceil(T * sample_rate / (fps * hop)), 113 for 18 frames at 10 fps."""
     return math.ceil(T * config.sample_rate / (config.fps * config.hop) - 1e-6)

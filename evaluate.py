@@ -17,6 +17,7 @@ In reading order
     the user study         study_make: the rating page; study_read: MOS, Fig. 5, signed_rank, holm
     vocoder                how near to true sounds vocoders come, over folders of files, beside Griffin-Lim
     ports                  our VAE, vocoder and mel beside the originals: time and memory
+    bench                  the model's passes and training steps beside MM-Diffusion's: time, FLOPs, memory
     command line           python evaluate.py worlds | pictures | compare | pairs | folders ... (--help)
 
 Letters: B batch, T video frames, C channels, H W latent height and width, M mel bins, L mel frames, S samples,
@@ -46,7 +47,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cmmd import Parser, atomic, fast_autocast, generate, joint_loss, levels
+from cmmd import (
+    CMMD, SIZES, CMMDConfig, Parser, atomic, contrastive_loss, fast_autocast, generate, joint_loss, levels,
+    whole_mel_frames)
 from cmmd.data import (
     KIND_HUE, KIND_PITCH, SOUND_TYPES, TEMPI, TRAINING_SEED, VIDEO_TYPES, WORLDS, bounce, check_output, dance, probe,
     read_audio, read_video, share_of, write_clip)
@@ -1719,6 +1722,140 @@ def ports_table(result):
         f"{result['machine']}.", *long])
 
 
+# ---------------------------------------------------------------- bench
+
+BENCH = ("pass", "mm-diffusion", "bare", "step", "negatives 12.5 %", "negatives 25 %", "negatives 50 %")
+MM_DIFFUSION = dict(  # its own script's settings: 1.6 s at 64 px, the wave at 16 kHz
+    video_size=(16, 3, 64, 64), audio_size=(1, 25600), model_channels=128, video_out_channels=3, audio_out_channels=1,
+    num_res_blocks=2, cross_attention_resolutions=[2, 4, 8], cross_attention_windows=[1, 4, 8],
+    cross_attention_shift=True, video_attention_resolutions=[2, 4, 8], audio_attention_resolutions=[-1],
+    video_type="2d+1d", audio_type="1d", channel_mult=(1, 2, 3, 4), num_head_channels=64, resblock_updown=True,
+    use_scale_shift_norm=True)
+PASSES = {"pass": 6, "mm-diffusion": 1000}  # to make the sound of a clip: our default; its conditional sampler's
+
+
+def bench(args):
+    """The command `bench`: one pass of the model, the same of MM-Diffusion, and steps of training, each in a fresh
+    process: parameters, GFLOP, seconds and peak memory."""
+    torch.set_num_threads(args.threads)
+    if args.child:
+        return print(json.dumps(bench_row(args.child, args)))
+    check_out(args.out)
+    if "mm-diffusion" in args.only and not args.mm_diffusion:
+        print("mm-diffusion is left out: it needs --mm-diffusion, a clone of researchmm/MM-Diffusion", file=sys.stderr)
+    rows = []
+    for size, what in itertools.product(args.sizes, (what for what in BENCH if what in args.only)):
+        if what == "mm-diffusion" and (not args.mm_diffusion or size != args.sizes[0]):
+            continue
+        command = [sys.executable, __file__, "bench", "--child", what, "--sizes", size, "--batch", str(args.batch),
+                   "--repeats", str(args.repeats), "--threads", str(args.threads), "--device", args.device]
+        command += ["--mm-diffusion", args.mm_diffusion] if args.mm_diffusion else []
+        child = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        if child.returncode:
+            return child.returncode  # it has said why
+        rows.append(json.loads(child.stdout))
+    result = {"rows": rows, "batch": args.batch, "repeats": args.repeats, "machine": machine(), "device": args.device}
+    print(bench_table(result))
+    if args.out:
+        write_result(args.out, result)
+
+
+def bench_row(what, args):
+    """One row, measured in this process: median and range of the repeats after a first one, which tells the memory."""
+    from torch.utils.flop_counter import FlopCounterMode
+    cuda, name = "cuda" in args.device, args.sizes[0]
+    call, parameters, clips = mm_diffusion_pass(args) if what == "mm-diffusion" else model_call(what, name, args)
+    memory = memory_of_call(call)
+    if cuda:
+        memory = torch.cuda.max_memory_allocated() / 2 ** 20
+    with FlopCounterMode(display=False) as counter:
+        call()
+    seconds = []
+    for _ in range(args.repeats):
+        start = time.perf_counter()
+        call()
+        if cuda:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return {"what": what, "size": "" if what == "mm-diffusion" else name, "parameters": parameters, "clips": clips,
+            "gflop": counter.get_total_flops() / 1e9, "seconds": float(np.median(seconds)),
+            "range": [min(seconds), max(seconds)], "mib": memory}
+
+
+def mm_diffusion_pass(args):
+    """A pass over one clip of 1.6 s -> function, parameters, clips. Random weights."""
+    sys.path.insert(0, args.mm_diffusion)
+    try:
+        from mm_diffusion.multimodal_unet import MultimodalUNet
+    except ImportError as error:
+        raise ValueError(f"--mm-diffusion {args.mm_diffusion}: {error}; give a clone of researchmm/MM-Diffusion, and "
+                         "pip install einops") from None
+    network = MultimodalUNet(**MM_DIFFUSION).eval().to(args.device)
+    video, audio, t = (x.to(args.device) for x in (
+        torch.randn(1, 16, 3, 64, 64), torch.randn(1, 1, 25600), torch.full((1,), 500)))
+
+    def call():
+        with torch.no_grad(), fast_autocast(args.device):
+            return network(video, audio, t)[1]
+
+    return call, sum(x.numel() for x in network.parameters()), 1
+
+
+def model_call(what, size, args):
+    """A pass over one clip of 1.8 s, or forward and backward, or a whole step of training over --batch of them ->
+    function, parameters, clips. Random weights and data."""
+    config = CMMDConfig(latent_channels=8, **SIZES[size])
+    model, clips = CMMD(config).to(args.device), 1 if what == "pass" else args.batch
+    shapes = (config.frames, config.latent_channels, 8, 8), (config.mel_bins, whole_mel_frames(config.frames, config))
+    draw = lambda n: [torch.randn(n, *shape, device=args.device) for shape in shapes]
+    pair, noise, times = draw(clips), draw(clips), [torch.full((clips,), 0.5, device=args.device) for _ in range(2)]
+    wrong = draw(round(clips * float(what.split()[1]) / 100) if " " in what else 0)
+    average, optimizer = [w.clone() for w in model.parameters()], torch.optim.AdamW(model.parameters(), lr=1e-9)
+
+    def one_pass():
+        with torch.no_grad(), fast_autocast(args.device):
+            return model(*pair, *times)[1]
+
+    def bare():
+        model.zero_grad(set_to_none=True)
+        with fast_autocast(args.device):
+            loss = sum(x.square().mean() for x in model(*pair, *times))
+        loss.backward()
+        return loss.detach()
+
+    def step():
+        model.zero_grad(set_to_none=True)
+        loss = contrastive_loss(model, pair, times, noise, wrong, 0.2, 0.4).total
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            for old, new in zip(average, model.parameters()):
+                old.lerp_(new, 0.01)
+        return loss.detach()
+
+    call = {"pass": one_pass, "bare": bare}.get(what, step)
+    return call, sum(x.numel() for x in model.parameters()), clips
+
+
+def bench_table(result):
+    """One line per row; the last two columns are for the sound of one clip, of 1.8 s (1.6 s: MM-Diffusion's)."""
+    said = {"pass": "a pass, one clip", "mm-diffusion": "a pass of MM-Diffusion's U-Net, one clip",
+            "bare": "forward and backward", "step": "step of training"}
+    lines = ["| | size | parameters | GFLOP | seconds | clips/s | peak memory | passes a clip | seconds a clip |",
+             "|---" * 9 + "|"]
+    for row in result["rows"]:
+        passes = PASSES.get(row["what"], "")
+        whole = f"{passes * row['seconds']:.3g}" if passes else ""
+        lines.append(f"| {said.get(row['what'], 'step with ' + row['what'])} | {row['size']} | "
+                     f"{row['parameters'] / 1e6:.1f} M | {row['gflop']:.4g} | {row['seconds']:.3g} | "
+                     f"{row['clips'] / row['seconds']:.3g} | {row['mib']:.0f} MiB | {passes} | {whole} |")
+    return "\n".join(lines + [
+        "", f"Random weights and data; steps over batches of {result['batch']} clips of 1.8 s at 64 px; medians of "
+        f"{result['repeats']} repeats; memory: peak of a first call beyond weights and input; {result['device']}, "
+        f"{result['machine']}."])
+
+
 # ---------------------------------------------------------------- command line
 
 def main(argv=None):
@@ -1800,7 +1937,7 @@ def folders_arguments(command):
 
 
 def ports_arguments(commands):
-    """The commands `vocoder` and `ports`."""
+    """The commands `vocoder`, `ports` and `bench`."""
     vocoders = commands.add_parser("vocoder", help="how near to true sounds vocoders come, beside Griffin-Lim")
     vocoders.add_argument("--data", nargs="+", required=True, metavar="FOLDER", help=f"or a world: {', '.join(WORLDS)}")
     vocoders.add_argument("--weights", nargs="+", required=True, help="vocoders, of cmmd or melgan-neurips")
@@ -1813,15 +1950,24 @@ def ports_arguments(commands):
     beside.add_argument("--melgan", help="a clone of descriptinc/melgan-neurips")
     beside.add_argument("--frames", type=int, default=18, help="(default: %(default)s)")
     beside.add_argument("--size", type=int, default=128, help="of their sides in pixels (default: %(default)s)")
-    beside.add_argument("--repeats", type=int, default=5, help="(default: %(default)s)")
-    beside.add_argument("--threads", type=int, default=1, help="(default: %(default)s)")
     beside.add_argument("--child", nargs=2, help=argparse.SUPPRESS)  # what and whose to measure, in the fresh process
-    for command in (vocoders, beside):
+    speeds = commands.add_parser("bench", help="passes and training steps beside MM-Diffusion's: time, FLOPs, memory")
+    speeds.add_argument("--only", nargs="+", default=BENCH, choices=BENCH, help="(default: all)")
+    speeds.add_argument("--sizes", nargs="+", default=list(SIZES), choices=SIZES, help="(default: both)")
+    speeds.add_argument("--mm-diffusion", metavar="CLONE", help="a clone of researchmm/MM-Diffusion")
+    speeds.add_argument("--batch", type=int, default=8, help="of the steps of training (default: %(default)s)")
+    speeds.add_argument("--device", default="cpu", help="(default: %(default)s)")
+    speeds.add_argument("--child", help=argparse.SUPPRESS)  # what to measure, in the fresh process
+    for command in (beside, speeds):
+        command.add_argument("--repeats", type=int, default=5, help="(default: %(default)s)")
+        command.add_argument("--threads", type=int, default=1, help="(default: %(default)s)")
+    for command in (vocoders, beside, speeds):
         command.add_argument("--out", help="also write everything to this .json, or the rows to this .csv")
 
 
 COMMANDS = {"worlds": worlds, "pictures": pictures, "compare": compare, "pairs": pairs, "speed": speed,
             "folders": folders, "figure": figure, "vocoder": vocoder, "ports": ports,
+            "bench": bench,
             "study": lambda args: (study_make if args.step == "make" else study_read)(args)}
 
 

@@ -3012,7 +3012,7 @@ def test_train_writes_for_tensorboard_where_it_is_installed(tmp_path, monkeypatc
 
 def test_train_base_has_about_120_million_parameters():
     with torch.device("meta"):
-        model = CMMD(CMMDConfig(**train.SIZES["base"]))
+        model = CMMD(CMMDConfig(**cmmd.SIZES["base"]))
         assert 118e6 < sum(x.numel() for x in model.parameters()) < 124e6
         for side in (8, 16):  # 64 and 128 px
             sizes = model(torch.zeros(1, 18, 4, side, side), torch.zeros(1, 80, 112), torch.zeros(1), torch.zeros(1))
@@ -3947,6 +3947,20 @@ def test_evaluate_memory_of_call_counts_what_is_held_at_once():
              "print(memory(lambda: (torch.ones(2**25) + torch.ones(2**25))[:1].clone()))")  # 3 x 128 MiB at once
     new = command(sys.executable, "-c", three, cwd=REPO)  # the memory this one has freed would hide some of it
     assert 370 < float(new) < 460
+
+
+def test_evaluate_bench_counts_and_refuses(tmp_path, capfd):
+    words = ["bench", "--sizes", "demo", "--batch", "1", "--repeats", "1", "--only"]
+    assert not evaluate.main([*words, "pass", "bare", "negatives 50 %", "--out", str(tmp_path / "rows.json")])
+    one, bare, step = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert one["parameters"] == sum(w.numel() for w in CMMD(CMMDConfig(latent_channels=8)).parameters())
+    assert 2.8 < bare["gflop"] / one["gflop"] <= 3  # backward is twice forward, but for the input's gradient
+    assert step["gflop"] == pytest.approx(bare["gflop"])  # half of one clip is none
+    assert min(row["seconds"] for row in (one, bare, step)) > 0
+    assert "| a pass, one clip | demo |" in capfd.readouterr().out
+    assert evaluate.main([*words, "mm-diffusion", "--mm-diffusion", str(tmp_path)]) == 2
+    error = capfd.readouterr().err
+    assert "give a clone of researchmm/MM-Diffusion" in error and error.count("\n") == 1
 
 
 # ==== packaging

@@ -33,7 +33,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from cmmd import (
-    CMMD, SEED, CMMDConfig, Parser, atomic, contrastive_loss, draw_negatives, draw_times, fast_autocast, generate,
+    CMMD, SEED, SIZES, CMMDConfig, Parser, atomic, contrastive_loss, draw_negatives, draw_times, fast_autocast, generate,
     joint_loss, load, number, save, vae, vocoder, whole_mel_frames,
 )
 from cmmd.data import (
@@ -52,9 +52,6 @@ from cmmd.vocoder import (
 VALIDATION_SEED = 500_000  # worlds from here on choose settings; those from 0 on are the test set
 SMALL_VAE = VAEConfig(channels=(16, 32, 64, 96), blocks=1, groups=4, latent_channels=8)
 SMALL_VOCODER = VocoderConfig(base=16, mel_mean=-3.9, mel_std=1.0)
-SIZES = {  # of the model, "demo" being the config's own; "base" has 121 M parameters, for one GPU of 24 GB or more
-    "demo": {}, "base": dict(video_channels=(192, 320, 480), audio_channels=(320, 512, 704)),
-}
 FREE = ("out", "cache", "device", "threads", "workers", "log_every", "eval_every", "save_every",  # may differ on resume
         "accumulate", "compile", "rank", "world")
 
@@ -186,7 +183,8 @@ def run(state, batches, update, evaluate, args, finish=lambda ema: ema):
         multiprocessing_context="spawn" if args.workers else None, prefetch_factor=4 if args.workers else None,
     )
     sums, usual, began, board = {}, {}, time.time(), tensorboard(out) if first else None
-    for batch in loader:
+    waited, since = [0.0], time.time()
+    for batch in counting(loader, waited):
         for optimizer in state.optimizers.values():
             optimizer.param_groups[0]["lr"] = learning_rate(state.step, args)
         torch.manual_seed(args.seed * 1_000_003 + state.step)
@@ -201,8 +199,9 @@ def run(state, batches, update, evaluate, args, finish=lambda ema: ema):
         if state.step % args.log_every == 0 or last:
             mean = lambda values: torch.tensor(values, dtype=torch.float64).nanmean().item()  # NaN: not in that step
             means = {name: mean(values) for name, values in sums.items()}
-            report(log, {"step": state.step, "seconds": round(time.time() - began, 1)} | means, board)
-            sums = {}
+            share = round(waited[0] / (time.time() - since), 4)  # of the time since the last line, for data to come
+            report(log, {"step": state.step, "seconds": round(time.time() - began, 1), "waited": share} | means, board)
+            sums, waited[0], since = {}, 0.0, time.time()
         if state.step % args.save_every == 0 and calm or last:
             state.save(checkpoint)
         if state.step % args.eval_every == 0 or last:
@@ -214,6 +213,18 @@ def run(state, batches, update, evaluate, args, finish=lambda ema: ema):
     if board:
         board.close()
     return finish(state.ema)
+
+
+def counting(loader, waited):
+    """The loader's batches; what it keeps its caller waiting is added to waited[0], in seconds."""
+    batches = iter(loader)
+    while True:
+        began = time.time()
+        batch = next(batches, None)
+        waited[0] += time.time() - began
+        if batch is None:
+            return
+        yield batch
 
 
 def watch(usual, losses, step, patience=100):
