@@ -216,7 +216,7 @@ def _touches(frames, fps):
     Between touches a ball falls freely, so the second difference of its height is the same in every frame; a touch
     between two frames adds to both theirs, the more to the nearer one: their weighted mean is its time. At the clip's
     ends, where no second difference is, the first and last two frames that fall freely are followed to the floor."""
-    tracks, times, kinds = _ball_tracks(frames), [], []
+    tracks, times, kinds = balls(frames)[0], [], []
     bends = np.diff(tracks, 2, axis=1)  # (K, T - 2), at frames 1 to T - 2
     falling = bends[bends > 0]
     pull = np.clip(np.median(falling) if len(falling) else 0.0, *(np.array(GRAVITY) / fps**2))  # heights / frame^2
@@ -249,15 +249,17 @@ def _first_touch(track, pull, floor):
     return []
 
 
-def _ball_tracks(frames):
-    """How far each kind of ball is below the picture's top: frames (T, H, W, 3) -> (K, T), NaN where it is not seen."""
+def balls(frames):
+    """How far each kind of ball is below the picture's top, and its radius as what moves shows of it: frames
+    (T, H, W, 3) -> two arrays (K, T), in picture heights, NaN where it is not seen."""
     T, H, W, _ = frames.shape
     hue = _hue_likeness(frames)  # (T, H, W, K)
     ball = (hue.max(-1) > VIVID) & (np.abs(frames - np.median(frames, axis=0)).max(-1) > MOVED)
     of_kind = ball[..., None] & (hue.argmax(-1)[..., None] == np.arange(len(KIND_HUE)))
     rows, mass = of_kind.sum(2), of_kind.sum((1, 2))  # (T, H, K), (T, K)
     centre = np.einsum("thk,h->tk", rows, (np.arange(H) + 0.5) / H) / np.maximum(mass, 1)
-    return np.where(mass >= SEEN * H * W, centre, np.nan).T
+    seen = mass >= SEEN * H * W
+    return np.where(seen, centre, np.nan).T, np.where(seen, np.sqrt(mass / (np.pi * H * W)), np.nan).T
 
 
 def _beats(frames, fps):
@@ -462,14 +464,18 @@ class Worlds:
 
     def spread(self, latents, mel):
         """How varied N clips are: distances (root mean square) of any two, kinds, counts and tempi seen -> dict."""
-        figures, seen = {}, [picture_events(video, FPS, self.name) for video in self.draw(latents)]
+        videos, figures = self.draw(latents), {}
+        seen = [picture_events(video, FPS, self.name) for video in videos]
         for side, x in (("pictures", latents), ("sounds", self.models.cmmd.normalise(mel))):
             apart = torch.pdist(x.flatten(1).double()) / math.sqrt(x[0].numel())
             figures[f"distance of two {side}: least, median"] = [float(apart.min()), float(apart.median())]
         count = Counter(kind for events in seen for kind in events.kinds.tolist())
         figures["share of each kind"] = [count[kind] / max(1, count.total()) for kind in range(len(KIND_HUE))]
         values = {"events a clip": [len(events.times) for events in seen]}
-        if self.name == "dance":
+        if self.name == "bounce":
+            radii = np.concatenate([balls(video)[1] for video in videos])
+            values["ball radius"] = [np.nanmedian(radius) for radius in radii if np.isfinite(radius).any()]
+        else:
             values["tempo"] = [60 / np.diff(events.times).mean() for events in seen if len(events.times) > 1]
         for what, x in values.items():
             spread = (np.mean, np.std, np.min, np.max) if x else ()
