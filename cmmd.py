@@ -212,6 +212,11 @@ def convert(program, read, options, argv=None):
     return parser.run(work)
 
 
+def torchrun_place():
+    """(rank, number of processes, rank on this machine), as torchrun tells them; (0, 1, 0) without it."""
+    return tuple(int(os.environ.get(*pair)) for pair in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+
+
 def fast_autocast(device):
     """Context: bf16 autocast where that is fast (GPUs, CPUs with native bf16), else plain float32.
 

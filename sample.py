@@ -26,7 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from cmmd import CMMD, SEED, Parser, atomic, data, generate, load, mel_frames, number
+from cmmd import CMMD, SEED, Parser, atomic, data, generate, load, mel_frames, number, torchrun_place
 from cmmd.vae import VAE, load as load_vae, to_frames, to_uint8
 from cmmd.vocoder import Vocoder, VocoderConfig, load as load_vocoder, log_mel
 
@@ -509,7 +509,7 @@ def _output(source, wanted):
 def _make(parser, args):
     """Do what the command line asks for, a line for each result, also for what fails -> exit status."""
     jobs = _jobs(args)
-    rank, ranks, gpu = (int(os.environ.get(*pair)) for pair in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, ranks, gpu = torchrun_place()
     device = args.device or (f"cuda:{gpu}" if torch.cuda.is_available() else None)
     settings = {name: getattr(args, name) for name in ("steps", "condition", "guidance", "seed")}
     stretches = {"make_video": args.make_video, "make_audio": args.make_audio}

@@ -34,7 +34,7 @@ from safetensors.torch import save_file
 
 from cmmd import (
     CMMD, SEED, SIZES, CMMDConfig, Parser, atomic, contrastive_loss, draw_negatives, draw_times, fast_autocast, generate,
-    joint_loss, load, number, save, vae, vocoder, whole_mel_frames,
+    joint_loss, load, number, save, torchrun_place, vae, vocoder, whole_mel_frames,
 )
 from cmmd.data import (
     TRAINING_SEED, WORLDS, EncodedClip, FileCache, cache_clips, cache_frames, cache_sounds, open_encoded, write_encoded,
@@ -873,8 +873,7 @@ def model_arguments(task):
 @contextmanager
 def together(args):
     """Join the processes that torchrun started, if any: args.rank of args.world, of which only 0 speaks and writes."""
-    pairs = ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)
-    args.rank, args.world, local = (int(os.environ.get(*pair)) for pair in pairs)
+    args.rank, args.world, local = torchrun_place()
     check(args)
     if args.world == 1:
         yield
