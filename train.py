@@ -33,8 +33,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from cmmd import (
-    CMMD, SEED, SIZES, CMMDConfig, Parser, atomic, contrastive_loss, draw_negatives, draw_times, fast_autocast, generate,
-    joint_loss, load, number, save, torchrun_place, vae, vocoder, whole_mel_frames,
+    CMMD, SEED, SIZES, CMMDConfig, Parser, atomic, contrastive_loss, draw_negatives, draw_times, fast_autocast,
+    generate, joint_loss, load, number, save, torchrun_place, vae, vocoder, whole_mel_frames,
 )
 from cmmd.data import (
     TRAINING_SEED, WORLDS, EncodedClip, FileCache, cache_clips, cache_frames, cache_sounds, open_encoded, write_encoded,
