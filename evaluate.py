@@ -524,6 +524,18 @@ def worlds(args):
         write_result(args.out, result)
 
 
+def world_files(args):
+    """The command `clips`: held-out clips of a world as files, SEED.mp4, with the true sound; 256 px at 25 fps, as a
+    camera's would be larger and faster than what the model sees."""
+    check_seeds(args)
+    folder = Path(args.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for seed in range(args.seed_start, args.seed_start + args.n):
+        clip = WORLDS[args.world](seed, args.seconds, fps=25, size=256)
+        write_clip(folder / f"{seed}.mp4", clip.video, clip.audio, clip.fps, clip.sample_rate)
+    print(f"{folder}: {args.n} clips of {args.world}, {args.seconds:g} s each")
+
+
 def of_ceiling(rows):
     """F1 of all rows after the two ceilings, as a share of the chain's -> [{name, share and interval at each
     tolerance}]; the interval is over clips, drawn for both at once."""
@@ -1879,14 +1891,17 @@ def arguments():
     parser = Parser(prog="evaluate.py", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("worlds", help="what is made of held-out clips of a world, against their true events")
-    one.add_argument("--world", default="bounce", choices=WORLDS, help="(default: %(default)s)")
     one.add_argument("--make", default="sound", choices=["sound", "picture", "both"], help="sounds for pictures, "
                      "pictures for sounds, or both, heard against seen (default: %(default)s)")
     three = commands.add_parser("pictures", help="how well impacts and beats are read off held-out clips' pictures")
     six = commands.add_parser("compare", help="two results of worlds, paired over clips: the first less the second")
     six.add_argument("results", nargs=2, metavar="RESULT.json")
     five = commands.add_parser("pairs", help="losses of true, shifted and swapped pairs by noise level; retrieval")
-    for command in (one, three, five):
+    seven = commands.add_parser("clips", help="held-out clips of a world as files, for `folders` and others' models")
+    seven.add_argument("folder", help="where they are written, SEED.mp4")
+    for command in (one, seven):
+        command.add_argument("--world", default="bounce", choices=WORLDS, help="(default: %(default)s)")
+    for command in (one, three, five, seven):
         command.add_argument("--n", type=int, default=200, help="clips (default: %(default)s)")
         command.add_argument("--seed-start", type=int, default=TEST_SEED,
                              help="seed of the first clip (default: %(default)s)")
@@ -1971,9 +1986,8 @@ def ports_arguments(commands):
         command.add_argument("--out", help="also write everything to this .json, or the rows to this .csv")
 
 
-COMMANDS = {"worlds": worlds, "pictures": pictures, "compare": compare, "pairs": pairs, "speed": speed,
-            "folders": folders, "figure": figure, "vocoder": vocoder, "ports": ports,
-            "bench": bench,
+COMMANDS = {"worlds": worlds, "clips": world_files, "pictures": pictures, "compare": compare, "pairs": pairs,
+            "speed": speed, "folders": folders, "figure": figure, "vocoder": vocoder, "ports": ports, "bench": bench,
             "study": lambda args: (study_make if args.step == "make" else study_read)(args)}
 
 

@@ -3940,6 +3940,16 @@ def test_evaluate_ports_say_what_is_missing(tmp_path, monkeypatch, capsys):
     assert "modules.py: there is no such file; give a clone" in capsys.readouterr().err
 
 
+def test_evaluate_clips_writes_the_worlds_own(tmp_path, capsys):
+    words = ["clips", str(tmp_path / "true"), "--world", "bounce", "--n", "2", "--seconds", "1.8", "--seed-start", "4"]
+    assert not evaluate.main(words) and "2 clips of bounce" in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "true").iterdir()) == ["4.mp4", "5.mp4"]
+    wave, clip = data.read_audio(tmp_path / "true" / "5.mp4"), bounce(5)
+    assert np.corrcoef(wave[: len(clip.audio)], clip.audio[: len(wave)])[0, 1] > 0.99  # AAC
+    assert data.read_video(tmp_path / "true" / "5.mp4").shape == (18, 64, 64, 3)
+    assert evaluate.main([*words[:-1], str(TRAINING_SEED)]) == 2
+
+
 @pytest.mark.parametrize("radius", [0.06, 0.11])
 def test_evaluate_balls_are_as_large_as_drawn(radius):
     places = 0.15 + 0.7 * np.arange(18) / 17
