@@ -17,6 +17,8 @@ import base64
 import json
 import math
 import os
+import re
+import shlex
 import shutil
 import socket
 import struct
@@ -4029,6 +4031,29 @@ def test_packaging_only_the_package_lands(installed):
     assert "imageio-ffmpeg>=0.8" in needs  # 0.5.1 brings ffmpeg 4.2, without -fps_mode; 0.7 a 7.0.2 that crashes on .ts
 
 
+def readme_commands():
+    """Every `python FILE.py ...` of the README, but for those with an ellipsis -> [[FILE.py, word, ...]]."""
+    parts, found = re.split(r"^```(.*)$", (REPO / "README.md").read_text(), flags=re.MULTILINE), []
+    text, blocks = "".join(parts[::4]), [block for kind, block in zip(parts[1::4], parts[2::4]) if not kind]
+    for block in blocks:
+        names = dict(re.findall(r'^(\w+)="(.*)"$', block, re.MULTILINE))
+        lines = block.replace("\\\n", " ").splitlines()
+        found += [re.sub(r"\$(\w+)", lambda m: names[m[1]], line) for line in lines]
+    found += re.findall(r"`([^`]*\bpython \w+\.py [^`]*)`", text.replace("\n", " "))
+    calls = [re.search(r"\bpython (\w+\.py.*)", part) for line in found for part in line.split("&&")]
+    words = [shlex.split(call[1], comments=True) for call in calls if call]
+    return [w for w in words if "…" not in "".join(w) and "--help" not in w and "convert" not in w]
+
+
+@pytest.mark.parametrize("words", readme_commands(), ids=" ".join)
+def test_packaging_readme_commands_have_these_arguments(words):
+    program, *words = words
+    if program == "evaluate.py" and words and words[0] not in evaluate.COMMANDS:
+        words = ["folders", *words]
+    read = {"sample.py": sampling._arguments, "train.py": train.arguments, "evaluate.py": evaluate.arguments().parse_args}
+    read[program](words)  # argparse ends the process at what it does not know
+
+
 def test_packaging_public_edges_have_type_hints():
     edges = (cmmd.generate, cmmd.save, cmmd.load, sample, load_models, Clip.save, data.read_video, data.read_audio,
              data.write_clip, data.add_audio, bounce, dance, vae_module.load, vocoder_module.load, log_mel)
@@ -4075,6 +4100,23 @@ def trained():
 
 
 @shipped
+def test_weights_run_the_readmes_python(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    clip = bounce(3, 3.6, fps=10)
+    for name in ("any_video", "dog"):
+        data.write_clip(f"{name}.mp4", clip.video, clip.audio, clip.fps, clip.sample_rate)
+    data.write_clip("any_sound.wav", audio=clip.audio, sample_rate=clip.sample_rate)
+    blocks = re.findall(r"^```python\n(.*?)^```", (REPO / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    assert len(blocks) > 1
+    told = {"frames": clip.video}
+    for line in "".join(blocks).splitlines():
+        exec(line, told)
+        if "out.mp4" in line:
+            seconds = float(re.search(r"seconds=([\d.]+)", line)[1]) if "seconds=" in line else 3.6
+            assert data.probe("out.mp4").seconds == pytest.approx(seconds, abs=0.1), line
+            Path("out.mp4").unlink()
+
+
 def test_weights_are_small_and_have_a_card(trained):
     assert sum(path.stat().st_size for path in (REPO / "weights").rglob("*") if path.is_file()) < 36e6
     assert any("bounce" in card.read_text() for card in (REPO / "weights").rglob("README.md"))
