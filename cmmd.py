@@ -683,7 +683,10 @@ class CMMD(nn.Module):
 # ---- Losses
 
 
-def draw_times(B, first_lesson=False, shares=(0.4, 0.2, 0.2, 0.2), shift=1.0):
+SHARES = (0.2, 0.1, 0.5, 0.2)  # of a batch: one t, two, clean video, clean audio
+
+
+def draw_times(B, first_lesson=False, shares=SHARES, shift=1.0):
     """Noise levels for a batch -> t_video, t_audio (B,). Ours; the paper has one t for both.
 
     The mixture, in these shares: one t (see `levels` for `shift`), two, clean video, clean audio; times are drawn
@@ -694,7 +697,8 @@ def draw_times(B, first_lesson=False, shares=(0.4, 0.2, 0.2, 0.2), shift=1.0):
         side = torch.rand(B) * (shares[2] + shares[3]) < shares[2]
         t = (0.7 + 0.6 * torch.rand(B)).clamp(max=1.0)
         return torch.where(side, 0.0, t), torch.where(side, t, 0.0)
-    kind = torch.bucketize(torch.rand(B), torch.tensor(shares).cumsum(0)[:-1], right=True)
+    bounds = torch.tensor(shares).cumsum(0) / sum(shares)
+    kind = torch.bucketize(torch.rand(B), bounds[:-1], right=True)
     t_video, t_audio = 1 - torch.rand(2, B).square()
     pure = torch.rand(B) < 0.25
     alone = torch.where(pure, 1.0, torch.rand(B))

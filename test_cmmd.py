@@ -364,7 +364,7 @@ def test_cmmd_joint_loss_masks_clean_sides_and_is_the_plain_formula(full_precisi
 
 def test_cmmd_draw_times_shares():
     torch.manual_seed(0)
-    t_video, t_audio = draw_times(20_000)
+    t_video, t_audio = draw_times(20_000, shares=(8, 4, 4, 4))
     assert all(t.shape == (20_000,) and t.min() >= 0 and t.max() <= 1 for t in (t_video, t_audio))
     clean_video, clean_audio = t_video == 0, t_audio == 0
     same = t_video == t_audio
@@ -2617,6 +2617,22 @@ def test_train_resumed_equals_never_stopped(tmp_path, monkeypatch, weights, name
     assert log[0].startswith("step,seconds,") and log[-1].startswith("6,")
 
 
+def test_train_world_clips_are_as_long_as_their_frames(weights):
+    """24 fps: 62 frames of 1/24 s end after 2.58 s, the clip after 2.55 s; a window up to the last frame has its sound."""
+    clips = [bounce(seed, 2.55, fps=24) for seed in (0, 1)]
+    for clip in train.encode_clips(clips, vae_module.load(weights / "vae.safetensors")):
+        assert clip.T == 62 and len(clip.sound((62 - 43) / 24, 43 / 24)) == round(43 / 24 * 16000)
+
+
+def test_train_cached_clips_of_other_frame_rates_are_others(tmp_path, monkeypatch, weights):
+    few_clips(monkeypatch)
+    autoencoder = vae_module.load(weights / "vae.safetensors")
+    args = SimpleNamespace(cache=tmp_path, shift=(0.1, 0.4), clips=2)
+    names = [set(train.cached_clips(args, "bounce", autoencoder, CMMDConfig(**sizes)).names)
+             for sizes in (dict(fps=10, frames=18), dict(fps=25, frames=45), dict(fps=10, frames=18, size=32))]
+    assert len(set.union(*names)) == 6
+
+
 def test_train_refuses_to_resume_with_other_settings(tmp_path, monkeypatch, capsys):
     few_clips(monkeypatch)
     words = ["vae", "--out", str(tmp_path), "--steps", "1", "--workers", "0", *TRAININGS["vae"]]
@@ -2628,7 +2644,8 @@ def test_train_refuses_to_resume_with_other_settings(tmp_path, monkeypatch, caps
 
 @pytest.mark.parametrize("words, says", [
     (["vae", "--config", '{"channels": [9]}'], "groups"), (["vae", "--config", '{"channels": 5}'], "channels"),
-    (["vae", "--log-every", "0"], "--log-every"), (["cmmd", "--vae", "x", "--init", "x", "--size", "base"], "--init"),
+    (["cmmd", "--vae", "x", "--shares", "1", "0", "0", "0"], "--first-lesson 0 leaves it out"),
+    (["cmmd", "--vae", "x", "--kinds", "0", "0", "0"], "all 0"), (["vae", "--log-every", "0"], "--log-every"), (["cmmd", "--vae", "x", "--init", "x", "--size", "base"], "--init"),
     (["vae", "--init", str(WORLDS / "vae.safetensors"), "--config", '{"blocks": 2}'], "do not fit these sizes"),
     (["vae", "--init", "none.safetensors"], "no such file"), (["cmmd", "--vae", "none.safetensors"], "no such file"),
     (["vae", "--out", "file"], "file"), (["vae", "--config", '{"bands": 3}'], "bands"),
@@ -2647,8 +2664,9 @@ def test_train_command_line_refuses_in_one_line(tmp_path, monkeypatch, capsys, w
 
 def pair_batches(files=(), **changes):
     config = CMMDConfig(**TINY | dict(latent_channels=1, size=16, mel_mean=0.0, mel_std=1.0))
-    settings = dict(batch=8, seed=3, config=config, front=train.SMALL_VOCODER, vae_path="", sources=(files,),
-                    negatives=5)
+    lengths = tuple(data.open_encoded(file).T for file in files)
+    sources = (data.FileCache(tuple(files), tuple(files), lengths, (0,) * len(files)),)
+    settings = dict(batch=8, seed=3, config=config, vae_path="", sources=sources, negatives=5)
     return train.PairBatches(**settings | changes)
 
 
@@ -2679,7 +2697,7 @@ def test_train_windows_and_their_shifts_are_cut_from_the_clip(tmp_path):
             wave = clip.sound(k / 10, 1.8)[None]
             torch.testing.assert_close(made[None], log_mel(wave, train.SMALL_VOCODER))
     assert set(moves) == {-4, -3, -2, -1, 1, 2, 3, 4} and set(sounds) == {-1, 1}
-    assert all(torch.equal(a, b) for a, b in zip(batches[7], pair_batches(batches.sources[0])[7]))
+    assert all(torch.equal(a, b) for a, b in zip(batches[7], pair_batches(batches.sources[0].paths)[7]))
 
 
 def test_train_shift_goes_where_the_clip_goes_on(tmp_path):
@@ -2753,8 +2771,8 @@ def test_train_held_out_files_are_scored_against_what_is_typical(tmp_path, monke
         data.write_encoded(tmp_path / f"{k}.safetensors", latents, loud, 25, 16000)
         rows.append((f"{k}.mkv", str(tmp_path / f"{k}.safetensors"), 20, 9))
     files = data.FileCache(*map(tuple, zip(*rows)))
-    front, shares = train.SMALL_VOCODER, [files.share(share) for share in ("validation", "training")]
-    one = train.HeldOut("faces", shares[0], autoencoder, config, front, "cpu", shares[1])
+    shares = [files.share(share) for share in ("validation", "training")]
+    one = train.HeldOut("faces", shares[0], autoencoder, config, "cpu", shares[1])
     assert len(one.mel) == len(shares[0].names) == 5
     model, answers = tiny_model(size=64), [one.latents, one.mel]
     monkeypatch.setattr(train, "generate", lambda *given, **more: answers)
@@ -2765,7 +2783,7 @@ def test_train_held_out_files_are_scored_against_what_is_typical(tmp_path, monke
     answers[1] = one.mel.roll(1, 0)
     assert abs(one.figures(model, tmp_path / "a.png")["envelope"]) < 0.5
     assert decode_png(tmp_path / "a.png").shape[1] == 960
-    loudness = evaluate.envelope(log_mel(one.waves, front))  # clips of one kind resemble each other
+    loudness = evaluate.envelope(log_mel(one.waves, config))  # clips of one kind resemble each other
     assert evaluate.envelope_correlation(loudness, np.roll(loudness, 1, 0)).mean() > 0.4
 
 

@@ -33,7 +33,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from cmmd import (
-    CMMD, SEED, SIZES, CMMDConfig, Parser, atomic, contrastive_loss, draw_negatives, draw_times, fast_autocast,
+    CMMD, SEED, SHARES, SIZES, CMMDConfig, Parser, atomic, contrastive_loss, draw_negatives, draw_times, fast_autocast,
     generate, joint_loss, load, number, save, torchrun_place, vae, vocoder, whole_mel_frames,
 )
 from cmmd.data import (
@@ -187,8 +187,8 @@ def run(state, batches, update, evaluate, args, finish=lambda ema: ema):
     for batch in counting(loader, waited):
         for optimizer in state.optimizers.values():
             optimizer.param_groups[0]["lr"] = learning_rate(state.step, args)
-        torch.manual_seed(args.seed * 1_000_003 + state.step)
-        losses = {name: float(x) for name, x in update(state, [x.to(args.device) for x in batch]).items()}
+        torch.manual_seed((args.seed * 1_000_003 + state.step) % 2**63)
+        losses = over_processes(update(state, [x.to(args.device) for x in batch]))
         state.step += 1
         state.average(args.ema)
         calm, last = watch(usual, losses, state.step), state.step == args.steps
@@ -202,17 +202,27 @@ def run(state, batches, update, evaluate, args, finish=lambda ema: ema):
             share = round(waited[0] / (time.time() - since), 4)  # of the time since the last line, for data to come
             report(log, {"step": state.step, "seconds": round(time.time() - began, 1), "waited": share} | means, board)
             sums, waited[0], since = {}, 0.0, time.time()
-        if state.step % args.save_every == 0 and calm or last:
-            state.save(checkpoint)
-        if state.step % args.eval_every == 0 or last:
+        if state.step % args.eval_every == 0 or last:  # before saving: a run that resumes has this row
             found = evaluate(state.ema)
             if better(figures, found, args.task):
                 save(best, finish(state.ema), torch.float16)
             if found:
                 report(figures, {"step": state.step} | found, board)
+        if state.step % args.save_every == 0 and calm or last:
+            state.save(checkpoint)
     if board:
         board.close()
     return finish(state.ema)
+
+
+def over_processes(losses):
+    """{name: loss} -> floats, each the mean over the processes that have it; NaN where none has."""
+    if not dist.is_initialized():
+        return {name: float(x) for name, x in losses.items()}
+    values = torch.stack(list(losses.values())).float()
+    both = torch.stack([torch.where(values.isnan(), 0.0, values), ~values.isnan()])  # sum, and of how many
+    dist.all_reduce(both)
+    return dict(zip(losses, (both[0] / both[1]).tolist()))
 
 
 def counting(loader, waited):
@@ -350,7 +360,7 @@ def train_vae(args):
     sources = open_data(args, cache_frames)
     frames = FrameBatches(args.batch, args.seed, sources=training_share(args, sources))
     if not args.init:
-        quick_start(network, replace(frames, batch=240)[10**6][0])
+        quick_start(network, replace(frames, batch=240)[10**6][0].to(args.device))
     for part in (network.encoder, network.quant_conv) if args.freeze_encoder else ():
         part.requires_grad_(False)
     state = State({"vae": network}, "vae", args)
@@ -466,7 +476,6 @@ class PairBatches:
     batch: int
     seed: int
     config: CMMDConfig
-    front: VocoderConfig
     vae_path: str
     sources: tuple = ("bounce",)
     negatives: int = 0
@@ -492,7 +501,7 @@ class PairBatches:
             rows = [[x[which] if which < len(x) else windows[i - self.apart][side][0] for side, x in enumerate(row)]
                     for i, row in enumerate(rows)]
             pictures, waves = map(torch.stack, zip(*rows))
-            out += [pictures, normalised_mel(waves, c, self.front)]
+            out += [pictures, normalised_mel(waves, c)]
         return out
 
     def move(self, rng, k, clip):
@@ -522,35 +531,38 @@ class PairBatches:
         return out
 
 
-def normalised_mel(waves, config, front):
+def normalised_mel(waves, config):
     """Waves (B, S) of a window -> normalised mel (B, M, L), whole frames of it."""
-    mel = log_mel(waves, front)[..., : whole_mel_frames(config.frames, config)]
+    mel = log_mel(waves, config)[..., : whole_mel_frames(config.frames, config)]
     return (mel - config.mel_mean) / config.mel_std
 
 
 def encode_clips(clips, autoencoder):
     """World clips -> EncodedClips in memory, all encoded at once."""
-    latents = autoencoder.encode(to_frames(np.stack([clip.video for clip in clips])))
+    device = next(autoencoder.parameters()).device
+    latents = autoencoder.encode(to_frames(np.stack([clip.video for clip in clips])).to(device)).cpu()
     waves = torch.from_numpy(np.stack([clip.audio for clip in clips])) * 32767
+    short = math.ceil(latents.shape[1] / clips[0].fps * clips[0].sample_rate) - waves.shape[1]  # of the last frame's end
+    waves = torch.nn.functional.pad(waves, (0, max(0, short)))
     return [EncodedClip(x, y, len(x), clip.fps, clip.sample_rate) for x, y, clip in zip(latents, waves, clips)]
 
 
 def train_cmmd(args):
     """The joint model (Eq. 2): --first-lesson steps with one side clean, then the mixture (both ours); with --eta the
     joint contrastive loss (Eq. 6), with --margin its bounded form."""
-    autoencoder, front = vae.load(args.vae).to(args.device), SMALL_VOCODER
+    autoencoder = vae.load(args.vae).to(args.device)
     if isinstance(args.config.get("fps"), (int, float)):
         args.config.setdefault("frames", max(1, round(1.8 * args.config["fps"])))  # P: windows of 1.8 s
-    model = initial(CMMD, lambda path: load(path, CMMD), default_config(autoencoder, front, args), args)
+    model = initial(CMMD, lambda path: load(path, CMMD), default_config(autoencoder, args), args)
     sources = open_data(args, lambda entry, cache: encoded_files(entry, cache, autoencoder, model.config, args))
     shares = training_share(args, sources)
     if not args.init:
-        model.config = replace(model.config, **mel_level(shares, model.config, front, args) | args.config)
+        model.config = replace(model.config, **mel_level(shares, model.config, args) | args.config)
     model.config = config = replace(model.config, shift=args.time_shift or model.config.shift)
     state = State({"cmmd": model}, "cmmd", args)
     files = [cached_clips(args, x, autoencoder, config) if args.clips and isinstance(x, str) else x for x in shares]
     negatives = round(args.negatives * args.batch) if args.eta else 0
-    batches = PairBatches(args.batch, args.seed, config, front, args.vae, tuple(files), negatives, tuple(args.shift))
+    batches = PairBatches(args.batch, args.seed, config, args.vae, tuple(files), negatives, tuple(args.shift))
 
     if args.compile:
         model.compile()
@@ -580,7 +592,7 @@ def train_cmmd(args):
         return {name: x.mean() for name, x in parts.items() if len(x) or batch[2:]}
 
     itself = lambda source: source
-    unseen = [HeldOut(entry, source, autoencoder, config, front, args.device, dict(zip(args.data, shares))[entry])
+    unseen = [HeldOut(entry, source, autoencoder, config, args.device, dict(zip(args.data, shares))[entry])
               for entry, source in held_out(args, sources, itself, itself).items()] if args.rank == 0 else []
 
     def evaluate(ema):
@@ -612,18 +624,18 @@ class HeldOut:
 
     clips = 48
 
-    def __init__(self, name, source, autoencoder, config, front, device, training=None):
-        self.name, self.vae, self.front, self.config = name, autoencoder, front, config
+    def __init__(self, name, source, autoencoder, config, device, training=None):
+        self.name, self.vae, self.config = name, autoencoder, config
         if isinstance(source, FileCache):
             self.worlds, windows = None, self.windows(source)
-            self.typical = envelope(log_mel(self.sounds(self.windows(training, 512)), front)).mean(axis=0)
+            self.typical = envelope(log_mel(self.sounds(self.windows(training, 512)), config)).mean(axis=0)
         else:
             seconds, seeds = config.frames / config.fps, range(VALIDATION_SEED, VALIDATION_SEED + self.clips)
-            self.worlds = [source(seed, seconds, config.fps, config.size) for seed in seeds]
+            self.worlds = [source(seed, seconds, config.fps, config.size, config.sample_rate) for seed in seeds]
             windows = [(clip, 0) for clip in encode_clips(self.worlds, autoencoder)]
         self.waves = self.sounds(windows)
         self.latents = torch.stack([clip.picture(k, config.frames) for clip, k in windows]).to(device)
-        self.mel = normalised_mel(self.waves, config, front).to(device)
+        self.mel = normalised_mel(self.waves, config).to(device)
         self.moved = None if self.worlds else self.movement(self.latents)
 
     def windows(self, files, most=None):
@@ -645,7 +657,7 @@ class HeldOut:
         frames = self.vae.decode(latents)
         H, W = frames.shape[3:]
         part = frames[..., H // 2 :, W // 4 : W - W // 4]
-        return part.diff(dim=1).abs().mean(dim=(2, 3, 4)).double().cpu().numpy()
+        return part.diff(dim=1).abs().mean(dim=(2, 3, 4)).cpu().double().numpy()
 
     def figures(self, model, path, steps=8):
         """How well sounds made for the pictures, and pictures made for the sounds, fit; each side's loss at t = 0.95,
@@ -668,7 +680,7 @@ class HeldOut:
 
     def world_figures(self, sounds, made):
         """Onset F1 and pitch (of `bounce`) of sounds (N, M, L), F1 of events in pictures, latents (N, T, C, H, W)."""
-        out = sound_scores(sounds, self.worlds, self.front)
+        out = sound_scores(sounds, self.worlds, self.config)
         seen = [picture_events(frames, self.config.fps, self.name)[0] for frames in to_uint8(self.vae.decode(made))]
         out["seen_100"] = float(scores(event_counts(seen, [clip.times for clip in self.worlds], 0.1).sum(0)).f1)
         return out
@@ -677,7 +689,7 @@ class HeldOut:
         """Correlation over time with the truth of the loudness of sounds, less what is typical of the training files,
         and of the movement in pictures; beside each that with other clips, which is chance."""
         out = {}
-        true = envelope(log_mel(self.waves, self.front))[:, : sounds.shape[2]]
+        true = envelope(log_mel(self.waves, self.config))[:, : sounds.shape[2]]
         for name, one, other, typical in (("envelope", envelope(sounds), true, self.typical[: sounds.shape[2]]),
                                           ("motion", self.movement(made), self.moved, None)):
             at = lambda by: np.nanmean(envelope_correlation(one, np.roll(other, by, 0), typical))
@@ -700,7 +712,7 @@ def cached_clips(args, name, autoencoder, config):
     folder = Path(args.cache or Path(args.out) / "cache")
     folder.mkdir(parents=True, exist_ok=True)
     seconds = config.frames / config.fps + 2 * args.shift[1]
-    kind = f"{seconds:g}s-{fingerprint(autoencoder)}"  # what another cache would differ in
+    kind = f"{seconds:g}s-{config.fps:g}-{config.size}-{config.sample_rate}-{fingerprint(autoencoder)}"
     files = tuple(folder / f"{name}-{TRAINING_SEED + i}-{kind}.safetensors" for i in range(args.clips))
     for i in range(0, len(files), 16):
         if missing := [file for file in files[i : i + 16] if not file.exists()]:
@@ -721,13 +733,12 @@ def fingerprint(autoencoder):
     return hashlib.sha256(b"".join(w.cpu().numpy().tobytes() for w in weights) + sizes).hexdigest()[:8]
 
 
-def default_config(autoencoder, front, args):
-    """The sizes of --size for these latents and this front end."""
-    same = {name: getattr(front, name) for name in ("sample_rate", "n_fft", "hop", "mel_bins", "f_min", "f_max")}
-    return CMMDConfig(latent_channels=autoencoder.config.latent_channels, **same, **SIZES[args.size or "demo"])
+def default_config(autoencoder, args):
+    """The sizes of --size for these latents."""
+    return CMMDConfig(latent_channels=autoencoder.config.latent_channels, **SIZES[args.size or "demo"])
 
 
-def mel_level(sources, config, front, args):
+def mel_level(sources, config, args):
     """The mel's mean and deviation over 512 training sounds, the sources taking turns."""
     sounds, seconds = [], config.frames / config.fps
     for i in range(512):
@@ -738,7 +749,7 @@ def mel_level(sources, config, front, args):
             sounds.append(clip.sound(int(rng.integers(clip.T - config.frames + 1)) / clip.fps, seconds))
         else:
             sounds.append(torch.from_numpy(WORLDS[source](seed, seconds, size=0, sample_rate=config.sample_rate).audio))
-    mel = log_mel(torch.stack(sounds), front)
+    mel = log_mel(torch.stack(sounds), config)
     return dict(mel_mean=round(float(mel.mean()), 3), mel_std=round(float(mel.std()), 3))
 
 
@@ -790,12 +801,23 @@ def check(args):
     if args.batch % (args.world * args.accumulate) or (args.world > 1 and args.task != "cmmd"):
         raise ValueError(f"--batch {args.batch} for {args.world} processes and --accumulate {args.accumulate}: it must "
                          "be a multiple of their product, and only cmmd trains in several processes")
-    if args.task == "cmmd" and args.negatives_at[0] > args.negatives_at[1]:
-        raise ValueError(f"--negatives-at {args.negatives_at[0]} {args.negatives_at[1]}: the lower level comes first")
+    if args.task == "cmmd":
+        check_shares(args)
     try:
         torch.zeros(1, device=args.device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"--device {args.device} cannot be used ({str(error).splitlines()[0]}); try cpu") from None
+
+
+def check_shares(args):
+    """Refuse shares of nothing, and levels in the wrong order."""
+    if args.negatives_at[0] > args.negatives_at[1]:
+        raise ValueError(f"--negatives-at {args.negatives_at[0]} {args.negatives_at[1]}: the lower level comes first")
+    if not sum(args.shares) or not sum(args.kinds):
+        raise ValueError("--shares or --kinds are all 0: one of them at least must be above")
+    if args.first_lesson and not sum(args.shares[2:]):
+        raise ValueError("--shares has no samples with a clean side, which the first lesson is made of: "
+                         "--first-lesson 0 leaves it out")
 
 
 def arguments(argv):
@@ -866,7 +888,7 @@ def model_arguments(task):
                       "negatives: shift, splice, swap")
     task.add_argument("--shift", type=number(0, 60), nargs=2, default=(0.1, 0.4), metavar="S",
                       help="how far shifts go, from and to, in seconds")
-    task.add_argument("--shares", type=number(0, 1), nargs=4, default=(0.2, 0.1, 0.5, 0.2), metavar="P",
+    task.add_argument("--shares", type=number(0, 1), nargs=4, default=SHARES, metavar="P",
                       help="then, shares of: one t, two, clean video, clean audio")
 
 
@@ -874,13 +896,13 @@ def model_arguments(task):
 def together(args):
     """Join the processes that torchrun started, if any: args.rank of args.world, of which only 0 speaks and writes."""
     args.rank, args.world, local = torchrun_place()
+    if args.world > 1 and args.device == "cuda":
+        args.device = f"cuda:{local}"
+        torch.cuda.set_device(local)
     check(args)
     if args.world == 1:
         yield
         return
-    if args.device == "cuda":
-        args.device = f"cuda:{local}"
-        torch.cuda.set_device(local)
     dist.init_process_group("nccl" if "cuda" in args.device else "gloo", timeout=timedelta(hours=2))
     try:
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if args.rank else sys.stdout):
