@@ -218,11 +218,11 @@ def torchrun_place():
 
 
 def fast_autocast(device):
-    """Context: bf16 autocast where that is fast (GPUs, CPUs with native bf16), else plain float32.
+    """Context: bf16 autocast where that is fast (GPUs from Ampere on, CPUs with native bf16), else plain float32.
 
     CPUs that only emulate bf16 run a convolution 2.4 times slower in it than in float32, so the code asks."""
     kind = torch.device(device).type
-    fast = kind == "cuda"
+    fast = kind == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)  # before Ampere bf16 is emulated
     if kind == "cpu":
         capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
         fast = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
@@ -247,13 +247,14 @@ def _scales(t, like):
 def levels(t, shift):
     """The paper's one t for both -> the video's and the audio's noise level. A number, or any shape.
 
-    shift (ours; 1 is the paper's): how many times as far as the sound the picture stands above its noise. A sound
+    shift (ours; 1 is the paper's): the picture's ratio of signal to noise, in amplitude, over the sound's. A sound
     whose onsets fill all bins is decided at t near 0.9, where a small thing in a picture of the same t is lost."""
     if shift == 1:
         return t, t
-    angle = torch.as_tensor(t, dtype=torch.float64) * (math.pi / 2)
-    video = torch.atan2(angle.sin(), shift * angle.cos()) / (math.pi / 2)
-    return (video.to(t.dtype), t) if isinstance(t, torch.Tensor) else (float(video), t)
+    angle = t * (math.pi / 2)
+    if isinstance(t, torch.Tensor):
+        return (torch.atan2(angle.sin(), shift * angle.cos()) / (math.pi / 2)).clamp(max=1.0), t
+    return math.atan2(math.sin(angle), shift * math.cos(angle)) / (math.pi / 2), t
 
 
 def diffuse(x, noise, t):
@@ -457,26 +458,26 @@ class AudioBlock(nn.Module):
         return self.attention(x.transpose(1, 2)).transpose(1, 2)  # over L
 
 
-def interpolation(T, L, step, fps):
+def interpolation(T, L, step, fps, device=None):
     """(L, T): row j mixes the video frames nearest to mel frame j, by true time: frame k is at (k + 1/2)/fps seconds,
     mel frame j at (j + 1/2) * step. Rows sum to 1."""
-    position = ((torch.arange(L) + 0.5) * step * fps - 0.5).clamp(0, T - 1)
-    return (1 - (position[:, None] - torch.arange(T)).abs()).clamp(min=0)
+    position = ((torch.arange(L, device=device) + 0.5) * step * fps - 0.5).clamp(0, T - 1)
+    return (1 - (position[:, None] - torch.arange(T, device=device)).abs()).clamp(min=0)
 
 
-def averaging(T, L, step, fps):
+def averaging(T, L, step, fps, device=None):
     """(2, T, L): row k of the first averages the mel frames that sound while video frame k is shown; the second weighs
     them by when they sound, from -1 at its start to 1 at its end, so that a frame knows when within it a touch is."""
-    frame, mel = torch.arange(T)[:, None] / fps, torch.arange(L)[None] * step
+    frame, mel = torch.arange(T, device=device)[:, None] / fps, torch.arange(L, device=device)[None] * step
     overlap = (torch.minimum(frame + 1 / fps, mel + step) - torch.maximum(frame, mel)).clamp(min=0)  # (T, L) seconds
     overlap = overlap / overlap.sum(dim=1, keepdim=True).clamp(min=1e-6)
     within = ((mel + step / 2 - frame) * fps * 2 - 1).clamp(-1, 1)
     return torch.stack([overlap, overlap * within])
 
 
-def phase(L, step, fps):
+def phase(L, step, fps, device=None):
     """(2, L): cosine and sine of where within a video frame each mel frame lies."""
-    angle = 2 * math.pi * (torch.arange(L) + 0.5) * step * fps
+    angle = 2 * math.pi * (torch.arange(L, device=device) + 0.5) * step * fps
     return torch.stack([angle.cos(), angle.sin()])
 
 
@@ -525,19 +526,21 @@ class EasyFusion(nn.Module):
         B, L = len(audio), audio.shape[2]
         N, C, H, W = values.shape
         heads, fps, device = self.config.heads, self.config.fps, audio.device
-        found = torch.einsum("nhcp,nhp->nhc", values.reshape(N, heads, C // heads, H * W).float(), look)
         rows, columns = torch.linspace(-1, 1, H, device=device), torch.linspace(-1, 1, W, device=device)
         grid = torch.stack([rows.repeat_interleave(W), columns.repeat(H)], dim=1)  # (H*W, 2)
-        found, place = (x.flatten(1).unflatten(0, (B, -1)) for x in (found, look @ grid))  # (B, T, C), (B, T, 2*heads)
-        crossing = torch.cat([self.norm_pooled(found), place, moving(torch.cat([found, place], dim=2))], dim=2)
-        mix = interpolation(N // B, L, step, fps).to(device)
-        within = phase(L, step, fps).to(device).expand(B, 2, L)
-        return self.to_audio(torch.cat([(mix @ crossing.float()).transpose(1, 2), within], dim=1))
+        with torch.autocast(device.type, enabled=False):  # what moves by a little would drown in bf16
+            found = torch.einsum("nhcp,nhp->nhc", values.float().reshape(N, heads, C // heads, H * W), look)
+            found, place = (x.flatten(1).unflatten(0, (B, -1)) for x in (found, look @ grid))  # (B, T, C | 2*heads)
+            crossing = torch.cat([self.norm_pooled(found), place, moving(torch.cat([found, place], dim=2))], dim=2)
+            crossing = (interpolation(N // B, L, step, fps, device) @ crossing).transpose(1, 2)
+        within = phase(L, step, fps, device).expand(B, 2, L)
+        return self.to_audio(torch.cat([crossing, within], dim=1))
 
     def _to_video(self, audio, video, write, step):
-        B, L, (N, C, H, W) = len(audio), audio.shape[2], video.shape
-        mix = averaging(N // B, L, step, self.config.fps).to(audio.device)
-        seen = torch.einsum("stl,bcl->btsc", mix, self.norm_audio(audio).float())  # (B, T, 2, Ca)
+        B, L, (N, C, H, W), device = len(audio), audio.shape[2], video.shape, audio.device
+        mix = averaging(N // B, L, step, self.config.fps, device)
+        with torch.autocast(device.type, enabled=False):
+            seen = torch.einsum("stl,bcl->btsc", mix, self.norm_audio(audio.float()))  # (B, T, 2, Ca)
         everywhere, there = self.to_video(seen.flatten(2)).flatten(0, 1).chunk(2, dim=1)  # (N, Cv)
         there = there.reshape(N, self.config.heads, -1, 1) * write[:, :, None]  # (N, heads, Cv/heads, H*W)
         return everywhere[:, :, None, None] + there.reshape(N, C, H, W)
@@ -793,6 +796,9 @@ def draw_negatives(x, shifted, others, dim, shares=(1, 1, 1)):
 # ---- Sampler
 
 
+CONDITIONS = ("clean", "replace", "guide")  # how a given side enters
+
+
 @torch.no_grad()
 def generate(model: CMMD, video: torch.Tensor | None = None, audio: torch.Tensor | None = None,
              frames: int | None = None, *, keep=(None, None), steps: int = 6, condition: str = "clean",
@@ -807,7 +813,8 @@ def generate(model: CMMD, video: torch.Tensor | None = None, audio: torch.Tensor
     Where True its values are held exactly, elsewhere and beyond its end they are made: continuation and inpainting.
     condition, how the given side enters: "clean" at its own t = 0 (ours), with guidance w (default 0) away from the
     prediction that does not see it; "replace" noised to the current level (Eq. 5); "guide" also pulled down the
-    gradient of its own reconstruction (Eq. 3) with lambda = guidance (default 1).
+    gradient of its own reconstruction (Eq. 3) with lambda = guidance (default 1). It says nothing of a side that is
+    given in part: what is kept of that stands, as in Eq. 5, at the noise level of all that is made.
     sampler: "ddim" with `stochasticity` s in [0, 1] (0 DDIM, 1 fresh noise at every step) or "dpm", DPM-Solver++(2M).
     seeds: one a sample; the same seed gives the same noise on any device and in any batch. Clips longer than a training
     window are cut into windows every `stride` frames, `window_batch` at a time, whose predictions are blended at every
@@ -871,8 +878,8 @@ def _check_request(known, keep, steps, condition, sampler, stochasticity):
                              + ("" if x is not None else ", but no such side was given"))
     if steps < 1:
         raise ValueError(f"steps is {steps}, it must be at least 1")
-    if condition not in ("clean", "replace", "guide"):
-        raise ValueError(f"condition is {condition!r}, expected 'clean', 'replace' or 'guide'")
+    if condition not in CONDITIONS:
+        raise ValueError(f"condition is {condition!r}, expected one of {', '.join(CONDITIONS)}")
     if sampler not in ("ddim", "dpm"):
         raise ValueError(f"sampler is {sampler!r}, expected 'ddim' or 'dpm'")
     if not 0 <= stochasticity <= 1 or (stochasticity and sampler == "dpm"):
@@ -958,9 +965,8 @@ def _predictor(model, windows, known, given, condition, guidance, shift):
             return at(x, times)
         x_0, gradient = windows.reconstruction_gradient(model, x, times, whole, given)
         signal = math.cos(times[1 - given] * math.pi / 2)  # sqrt(alpha_bar)
-        weight = (1.0 if guidance is None else guidance) * signal
-        x_0[1 - given] = x_0[1 - given] - weight * gradient
-        return x_0
+        pulled = x_0 - (1.0 if guidance is None else guidance) * signal * gradient
+        return [None, pulled] if given == 0 else [pulled, None]
 
     return joint if given is None else clean if condition == "clean" else replace
 
@@ -1015,8 +1021,10 @@ class Windows:
         """Add the windows `parts` onto the canvas, each times its share."""
         for part, (b, w) in zip(parts, pairs):
             start, n = self.starts[side][w]
-            share = self.weights[side][w].to(part) if weighted else torch.ones(n).to(part)
-            canvas[b].narrow(side, start, n).add_(part * (share[:, None, None, None] if side == 0 else share))
+            if weighted:
+                share = self.weights[side][w].to(part)
+                part = part * (share[:, None, None, None] if side == 0 else share)
+            canvas[b].narrow(side, start, n).add_(part)
 
     def velocities(self, model, x, times, given=None):
         """The model over the windows of x = [video, audio] at two noise levels -> velocities of the canvas's shapes,
@@ -1031,22 +1039,22 @@ class Windows:
         return out
 
     def reconstruction_gradient(self, model, x, times, known, given):
-        """Eq. 3: [video, audio] predicted clean from x at two levels, and the gradient of ||known - its prediction||^2,
-        summed over elements, with respect to the other, noisy side. Where windows overlap, their shares weigh the
+        """Eq. 3: the other, noisy side predicted clean from x at two levels, and the gradient with respect to it of
+        ||known - its prediction||^2, summed over elements. Where windows overlap, their shares weigh the
         squares."""
-        out, gradient = [torch.zeros_like(x[0]), torch.zeros_like(x[1])], torch.zeros_like(x[1 - given])
+        made = 1 - given
+        out, gradient = torch.zeros_like(x[made]), torch.zeros_like(x[made])
         for pairs in self.batches(len(x[0])):
             parts = [self.cut(x[side], side, pairs) for side in (0, 1)]
             with torch.enable_grad():
-                parts[1 - given].requires_grad_(True)
+                parts[made].requires_grad_(True)
                 with fast_autocast(x[0].device):
                     v = model(*parts, *(torch.full((len(pairs),), float(t), device=x[0].device) for t in times))
                 x_0 = [denoise(part, v_part, t)[0] for part, v_part, t in zip(parts, v, times)]
                 shares = torch.stack([self.weights[given][w] for _, w in pairs]).to(x[0])
                 shares = shares[:, :, None, None, None] if given == 0 else shares[:, None]
                 error = (shares * (self.cut(known, given, pairs) - x_0[given]).square()).sum()
-                (pull,) = torch.autograd.grad(error, parts[1 - given])
-            for side in (0, 1):
-                self.paste(out[side], x_0[side].detach(), side, pairs)
-            self.paste(gradient, pull, 1 - given, pairs, weighted=False)
+                (pull,) = torch.autograd.grad(error, parts[made])
+            self.paste(out, x_0[made].detach(), made, pairs)
+            self.paste(gradient, pull, made, pairs, weighted=False)
         return out, gradient

@@ -170,7 +170,7 @@ class Video:
     def _sampled(self):
         """Yield the bytes of frame 0, 1, ...: each source frame lasts until the next one's time."""
         log, k, end, missing, last = {"errors": 0, "damaged": 0}, 0, 0.0, 0.0, None
-        most = math.inf if self.limit is None else _frame_count(self.limit, self.fps)
+        most = math.inf if self.limit is None else frame_count(self.limit, self.fps)
         for time, duration, frame in _decode(self.path, self.media, self.size, self.start, log):
             if last is not None:
                 missing += max(0.0, time - end) if time > max(end, 0.0) + 0.5 * duration else 0.0
@@ -184,7 +184,7 @@ class Video:
             raise ValueError(f"{self.path}: no picture from {self.start:g} s on; it is {self.seconds or 0:g} s long")
         whole = self.media.seconds - self.start if self.media.seconds and k < most else end
         self.seconds = end if self.limit is None else min(end, self.limit)
-        for _ in range(k, max(1, _frame_count(self.seconds, self.fps))):
+        for _ in range(k, max(1, frame_count(self.seconds, self.fps))):
             yield last
         _warn(self.path, "picture", log, missing + max(0.0, whole - end), max(whole, end))
 
@@ -221,7 +221,7 @@ def read_audio(path: str | os.PathLike, sample_rate: int = 16000, start: float =
     return wave
 
 
-def _frame_count(seconds, fps):
+def frame_count(seconds, fps):
     """ceil(seconds * fps), forgiving 1 % of a frame: times in files are rounded."""
     return max(1, math.ceil(seconds * fps - 0.01))
 

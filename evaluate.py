@@ -51,8 +51,8 @@ from cmmd import (
     CMMD, SIZES, CMMDConfig, Parser, atomic, contrastive_loss, fast_autocast, generate, joint_loss, levels,
     whole_mel_frames)
 from cmmd.data import (
-    KIND_HUE, KIND_PITCH, SOUND_TYPES, TEMPI, TRAINING_SEED, VIDEO_TYPES, WORLDS, bounce, check_output, dance, probe,
-    read_audio, read_video, share_of, write_clip)
+    KIND_HUE, KIND_PITCH, SOUND_TYPES, TEMPI, TRAINING_SEED, VIDEO_TYPES, WORLDS, bounce, check_output, dance,
+    find_sources, probe, read_audio, read_video, share_of, write_clip)
 from cmmd.vae import VAE, to_frames, to_uint8
 from cmmd.vocoder import (
     Vocoder, VocoderConfig, fold_weight_norm, griffin_lim, load as load_vocoder, log_mel, multi_resolution_stft,
@@ -387,8 +387,9 @@ class Worlds:
         self.models, self.name, self.make = models, name, make
         self.seeds, self.batch, self.folder = seeds, batch, folder
         self.device = next(models.cmmd.parameters()).device
-        self.clips = [WORLDS[name](seed, seconds=seconds) for seed in seeds]
-        self.config = models.vocoder.config
+        c = models.cmmd.config
+        self.fps, self.config = c.fps, models.vocoder.config
+        self.clips = [WORLDS[name](seed, seconds, c.fps, c.size, c.sample_rate) for seed in seeds]
         self.hop_seconds = self.config.hop / self.config.sample_rate
         self.true = torch.from_numpy(np.stack([clip.audio for clip in self.clips]))  # (N, S)
         # the true sounds' log mel (N, M, L), with as many frames as the model makes for the clip
@@ -441,7 +442,7 @@ class Worlds:
         if self.make == "picture":
             return picture_row(name, videos, self.clips, self.name)
         both = self.make == "both"
-        clips = [picture_events(video, FPS, self.name) for video in videos] if both else self.clips
+        clips = [picture_events(video, self.fps, self.name) for video in videos] if both else self.clips
         found = self.heard(waves)
         row = {"sound": name} | event_row(found, [clip.times for clip in clips])
         if self.name == "bounce":
@@ -465,7 +466,7 @@ class Worlds:
     def spread(self, latents, mel):
         """How varied N clips are: distances (root mean square) of any two, kinds, counts and tempi seen -> dict."""
         videos, figures = self.draw(latents), {}
-        seen = [picture_events(video, FPS, self.name) for video in videos]
+        seen = [picture_events(video, self.fps, self.name) for video in videos]
         for side, x in (("pictures", latents), ("sounds", self.models.cmmd.normalise(mel))):
             apart = torch.pdist(x.flatten(1).double()) / math.sqrt(x[0].numel())
             figures[f"distance of two {side}: least, median"] = [float(apart.min()), float(apart.median())]
@@ -504,7 +505,7 @@ def worlds(args):
     settings = {key: getattr(args, key) for key in ("steps", "guidance", "stochasticity", "sampler")
                 if getattr(args, key) is not None}
     result = {key: getattr(args, key) for key in ("world", "make", "n", "seconds", "weights")}
-    result |= {"seeds": [args.seed_start, args.seed_start + args.n - 1], "settings": settings, "machine": machine()}
+    result |= {"seeds": [args.seed_start, args.seed_start + args.n - 1], "settings": settings, "machine": machine(args.device)}
     with tempfile.TemporaryDirectory() as folder:
         seeds = range(args.seed_start, args.seed_start + args.n)
         world = Worlds(models, args.world, args.make, seeds, args.seconds, args.batch, folder)
@@ -580,10 +581,10 @@ def pictures(args):
                  for name, videos in (("true", true), ("through the VAE", coded))]
     last = args.seed_start + args.n - 1
     print("\n".join([*event_table(rows, "pictures", "kind"), "", f"n = {args.n} clips of {args.seconds} s, seeds "
-                     f"{args.seed_start} to {last}; VAE of {args.weights}; {machine()}."]))
+                     f"{args.seed_start} to {last}; VAE of {args.weights}; {machine(args.device)}."]))
     if args.out:
         write_result(args.out, {"n": args.n, "seeds": [args.seed_start, last], "seconds": args.seconds,
-                                "weights": args.weights, "machine": machine(), "rows": rows})
+                                "weights": args.weights, "machine": machine(args.device), "rows": rows})
 
 
 def picture_row(name, videos, clips, world):
@@ -643,9 +644,10 @@ def worlds_table(result):
     return "\n".join(lines)
 
 
-def machine():
-    """One line on what the figures were measured with."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+def machine(device=None):
+    """One line on what the figures were measured with: a GPU where `device`, by default any there is, is one."""
+    gpu = torch.cuda.is_available() and torch.device(device or "cuda").type == "cuda"
+    name = torch.cuda.get_device_name() if gpu else platform.processor() or platform.machine()
     return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
@@ -706,7 +708,7 @@ def finite(result):
 
 # ---------------------------------------------------------------- right and wrong pairs
 
-LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # noise levels t, one for both sides (P)
+LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # noise levels t, one for both sides (P), but for the model's shift
 CANDIDATES = 16
 
 
@@ -733,7 +735,7 @@ def pairs(args):
     rows = [{"t": t, **{f"{side}_{name}": float(value) for name, sound in (
         ("right", mel), ("shifted", moved), ("swapped", mel.roll(1, 0))) for side, value in zip(
             ("video", "audio"), levels_loss(models.cmmd, latents, sound, t).mean(0))}} for t in LEVELS]
-    result = {"n": args.n, "weights": args.weights, "machine": machine(), "rows": rows,
+    result = {"n": args.n, "weights": args.weights, "machine": machine(args.device), "rows": rows,
               **retrieval(models.cmmd, latents, mel)}
     print(pairs_table(result))
     if args.out:
@@ -798,7 +800,7 @@ def speed(args):
             rows.append({"seconds": seconds, **json.loads(child.stdout)})
     print(speed_table(rows, args))
     if args.out:
-        write_result(args.out, {"weights": args.weights, "steps": args.steps, "machine": machine(), "rows": rows})
+        write_result(args.out, {"weights": args.weights, "steps": args.steps, "machine": machine(args.device), "rows": rows})
 
 
 def timed_sample(args):
@@ -814,6 +816,8 @@ def timed_sample(args):
             try:
                 return function(*arguments, **options)
             finally:
+                if models.cmmd.time.mlp[0].weight.is_cuda:
+                    torch.cuda.synchronize()  # or the next stage would wait for this one's work
                 spent[stage] += time.perf_counter() - start
         return call
 
@@ -848,7 +852,7 @@ def speed_table(rows, args):
         cells = [f"{row[stage]:.2f}" for stage in stages] + [f"{row['total'] / row['seconds']:.3f}"]
         lines.append(f"| {row['seconds']:g} s | {' | '.join(cells)} | {row['peak_mib']:.0f} MiB |")
     return "\n".join(lines + ["", "Seconds, after import and loading, one fresh process per length; "
-                              f"weights {args.weights}, {args.steps} steps; {machine()}."])
+                              f"weights {args.weights}, {args.steps} steps; {machine(args.device)}."])
 
 
 # ---------------------------------------------------------------- distances between sets
@@ -931,14 +935,12 @@ def embedder(name):
     module, colon, function = name.rpartition(":")
     if not colon:
         return lambda path, wave: np.load(path.parent / "embeddings" / name / f"{path.stem}.npy", allow_pickle=False)
-    folder, module = (str(Path(module).parent), Path(module).stem) if module.endswith(".py") else (".", module)
-    sys.path.insert(0, folder)
+    give = "MODULE:FUNCTION or FILE.py:FUNCTION"
     try:
-        call = getattr(importlib.import_module(module), function)
+        home = python_file(module, give) if module.endswith(".py") else importlib.import_module(module)
+        call = getattr(home, function)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"--embedding {name}: {error}; give MODULE:FUNCTION or FILE.py:FUNCTION") from None
-    finally:
-        sys.path.remove(folder)
+        raise ValueError(f"--embedding {name}: {error}; give {give}") from None
     first = lambda x: x[0] if isinstance(x, tuple) else x  # some also return their class scores
     return lambda path, wave: np.asarray(first(call(wave)), dtype=np.float64)
 
@@ -1480,7 +1482,7 @@ def read_ratings(files, keys):
 
 def study_read(args):
     """`study read`: mean opinion scores and tests between models over raters, and Fig. 5."""
-    means = read_ratings(args.files, args.key)
+    means = read_ratings([file for file in args.files if file not in args.key], args.key)
     print("| question | model | MOS | median | range | raters |\n" + "|---" * 6 + "|")
     for (question, model), raters in sorted(means.items()):
         x = list(raters.values())
@@ -1541,13 +1543,12 @@ def true_sounds(entry, args, config):
         seeds = range(TEST_SEED, TEST_SEED + (args.n or 40))
         waves = [WORLDS[entry](seed, args.seconds, size=0, sample_rate=config.sample_rate).audio for seed in seeds]
     else:
-        paths = sorted(path for path in Path(entry).rglob("*") if path.is_file())
-        paths = [path for path in paths if share_of(path) == "test"] if args.held_out else paths
-        n = min(args.n or len(paths), len(paths))
+        sources = [s for s in find_sources(entry) if not args.held_out or share_of(s.name) == "test"]
+        n = min(args.n or len(sources), len(sources))
         waves = []
-        for path in (paths[i * len(paths) // n] for i in range(n)):  # spread over the names
+        for _, path, start, seconds in (sources[i * len(sources) // n] for i in range(n)):  # spread over the names
             try:
-                waves.append(read_audio(path, config.sample_rate, seconds=args.seconds))
+                waves.append(read_audio(path, config.sample_rate, start, min(args.seconds, seconds or math.inf)))
             except ValueError as error:
                 print(f"skipped {error}", file=sys.stderr)
     whole = [wave[: min(len(wave), most) // config.hop * config.hop] for wave in waves]
@@ -1591,7 +1592,7 @@ def vocoder_table(rows, args):
                  for key in ("mel_l1", "stft")]
         lines.append(f"| {row['data']} | {row['n']} | {row['sound']} | {' | '.join(cells)} | {row['frechet']:.2f} |")
     return "\n".join(lines + ["", f"Up to {args.seconds:g} s of every sound; Fréchet distance on embeddings of "
-                                  f"{args.embedding or 'nothing (--embedding)'}; {machine()}."])
+                                  f"{args.embedding or 'nothing (--embedding)'}; {machine('cpu')}."])
 
 
 # ---------------------------------------------------------------- ports
@@ -1610,7 +1611,7 @@ def ports(args):
     rows = [port_row(what, args) for what in PORTS if what in args.only and (what != "MelGAN" or args.melgan)]
     lengths = (64, 600) if "VAE decode" in args.only else ()  # 64 frames of 32 x 32 are the most decoded at a time
     long = {n: port_memory("VAE decode", "ours", n, 32, args) for n in lengths}
-    result = {"frames": args.frames, "size": args.size, "repeats": args.repeats, "machine": machine(), "rows": rows,
+    result = {"frames": args.frames, "size": args.size, "repeats": args.repeats, "machine": machine("cpu"), "rows": rows,
               "long": long}
     print(ports_table(result))
     if args.out:
@@ -1772,7 +1773,8 @@ def bench(args):
         if child.returncode:
             return child.returncode  # it has said why
         rows.append(json.loads(child.stdout))
-    result = {"rows": rows, "batch": args.batch, "repeats": args.repeats, "machine": machine(), "device": args.device}
+    result = {"rows": rows, "batch": args.batch, "repeats": args.repeats, "machine": machine(args.device),
+              "device": args.device}
     print(bench_table(result))
     if args.out:
         write_result(args.out, result)
@@ -1783,9 +1785,12 @@ def bench_row(what, args):
     from torch.utils.flop_counter import FlopCounterMode
     cuda, name = "cuda" in args.device, args.sizes[0]
     call, parameters, clips = mm_diffusion_pass(args) if what == "mm-diffusion" else model_call(what, name, args)
+    before = torch.cuda.memory_allocated() if cuda else 0
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
     memory = memory_of_call(call)
     if cuda:
-        memory = torch.cuda.max_memory_allocated() / 2 ** 20
+        memory = (torch.cuda.max_memory_allocated() - before) / 2 ** 20
     with FlopCounterMode(display=False) as counter:
         call()
     seconds = []

@@ -11,6 +11,7 @@ memory hardly grows with length. Letters: T video frames, C H W of the latents, 
 """
 
 import base64
+import glob
 import math
 import os
 import struct
@@ -26,13 +27,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from cmmd import CMMD, SEED, Parser, atomic, data, generate, load, mel_frames, number, torchrun_place
+from cmmd import CMMD, CONDITIONS, SEED, Parser, atomic, data, generate, load, mel_frames, number, torchrun_place
 from cmmd.vae import VAE, load as load_vae, to_frames, to_uint8
 from cmmd.vocoder import Vocoder, VocoderConfig, load as load_vocoder, log_mel
 
 NOTHING_LEFT = ("got both a video and a sound, so nothing is left to make; give one of them, or the stretch to make "
                 "anew (make_video, make_audio)")
-CONDITIONS = ("clean", "replace", "guide")
 TYPES = (*data.VIDEO_TYPES, *data.SOUND_TYPES, ".png")
 WEIGHTS = Path(__file__).resolve().parent / "weights"
 LONGEST = 7_200  # seconds that may be asked for
@@ -90,8 +90,8 @@ def sample(video=None, audio=None, *, seconds: float | None = None, make_video: 
     (S, channels) in [-1, 1], at `sample_rate`. Arrays or tensors; a list of either gives a list of Clips, made one
     after the other, each as if alone. seconds: length of the clip, at most the input's; 1.8 if there is none.
     make_video, make_audio: (start, end) in seconds, end None for the clip's end: make only that stretch anew, and keep
-    the rest of what is given exactly, but for 10 ms of sound at its borders; of a video file without audio=, make_audio
-    means the file's own sound. What lasts less than `seconds` then goes on: the end is made too.
+    the rest of what is given (as the model's frames, and as its sound but for 10 ms at the borders); of a video file
+    without audio=, make_audio means the file's own sound. What lasts less than `seconds` goes on: its end is made too.
     steps, condition ("clean", "replace" or "guide"), guidance, stochasticity: see `cmmd.generate`; seed: another one,
     another result. weights: a name in weights/ or a folder; models: what `load_models` returned, instead. progress:
     called with (what, done, of). ValueError, in one line, for input that cannot be used."""
@@ -118,7 +118,7 @@ def sample(video=None, audio=None, *, seconds: float | None = None, make_video: 
         seconds = lengths[-1] if make_audio is None else seconds
     seconds = seconds or max(lengths)
     whole = frames is not None and make_video is None
-    T = len(frames) if whole else max(1, math.ceil(seconds * config.fps - 0.01))
+    T = len(frames) if whole else data.frame_count(seconds, config.fps)
     stretches = _stretch("video", make_video, seconds), _stretch("audio", make_audio, seconds, lengths[-1])
     keep = _kept(frames, mel, stretches, config)
     made, mel = generate(model, latents, mel, T, keep=keep, steps=steps, condition=condition, guidance=guidance,
@@ -298,7 +298,7 @@ def _array_chunks(video, fps, seconds, config):
     if video.dtype.kind == "f" and not (video.min() >= 0 and video.max() <= 1):
         raise ValueError(f"video: float frames must lie in [0, 1], got {video.min():.3g} to {video.max():.3g}")
     length = min(len(video) / fps, seconds or math.inf)
-    times = (np.arange(max(1, math.ceil(length * config.fps - 0.01))) + 0.5) / config.fps
+    times = (np.arange(data.frame_count(length, config.fps)) + 0.5) / config.fps
     index = np.clip(np.ceil((times - data.TIE) * fps).astype(int) - 1, 0, len(video) - 1)
     _, H, W, _ = video.shape
     side = min(H, W)
@@ -331,7 +331,7 @@ def _audio_input(audio, sample_rate, seconds, models):
     else:
         wave = _array_wave(audio, sample_rate, config.sample_rate)
     wave = wave[: round(seconds * config.sample_rate)] if seconds else wave
-    T = max(1, math.ceil(len(wave) / config.sample_rate * config.fps - 0.01))
+    T = data.frame_count(len(wave) / config.sample_rate, config.fps)
     canvas = np.pad(wave, (0, max(0, mel_frames(T, config) * config.hop - len(wave))))
     mel = models.vocoder.mel(torch.from_numpy(canvas)[None].to(device))[..., : mel_frames(T, config)]
     return wave, models.cmmd.normalise(mel)
@@ -474,12 +474,12 @@ def _jobs(args):
         raise ValueError(NOTHING_LEFT)
     if args.video and args.audio and len(args.audio) > 1:
         raise ValueError(f"{len(args.audio)} sounds beside videos: give one, or make them one by one")
-    given = args.video or args.audio or [None]
+    given = [name for one in args.video or args.audio or [] for name in _matching(one)] or [None]
     if given == [None] and args.seconds is None:
-        if args.output is not None:
-            raise ValueError("nothing to make: give a video, --audio or --seconds (or no -o for the demonstration)")
+        if args.output is not None or args.draws or args.make_video or args.make_audio:
+            raise ValueError("nothing to make: give a video, --audio or --seconds (or nothing, for the demonstration)")
         return []
-    if len(given) > 1 and args.output:
+    if args.output and (len(given) > 1 or not Path(args.output).suffix):
         if Path(args.output).suffix.lower() in TYPES or Path(args.output).is_file():
             raise ValueError(f"{args.output}: {len(given)} files need a folder to write to, this is a file's name")
         Path(args.output).mkdir(exist_ok=True)
@@ -493,6 +493,11 @@ def _jobs(args):
     if not args.video:
         return [(None, one, output) for one, output in zip(given, outputs)]
     return [(one, args.audio and args.audio[0], output) for one, output in zip(given, outputs)]
+
+
+def _matching(name):
+    """The files that a pattern like *.mp4 means, where the shell leaves that to the program, as on Windows."""
+    return [name] if os.path.exists(name) else sorted(glob.glob(name)) or [name]
 
 
 def _output(source, wanted):

@@ -780,6 +780,8 @@ RECIPES = {  # what each training starts from; all ours but the vocoder's second
     "vocoder": dict(steps=2500, batch=1, lr=1e-3, warmup=100, ema=0.995),
     "cmmd": dict(steps=1600, batch=16, lr=1e-3, warmup=60, ema=0.997),
 }
+MEANING = {"steps": "of the optimiser", "batch": "clips, sounds or frames in a step", "lr": "learning rate, at its highest",
+           "warmup": "steps until then", "ema": "decay of the weights' moving average, at the end"}
 TRAININGS = {"vae": train_vae, "vocoder": train_vocoder, "cmmd": train_cmmd}
 
 
@@ -829,19 +831,18 @@ def arguments(argv):
         task = tasks.add_parser(name, formatter_class=show)
         task.add_argument("--out", required=True, help="folder for checkpoints, logs and the trained weights")
         for key, value in recipe.items():
-            task.add_argument(f"--{key}", type=number(kind=type(value)), default=value)
-        task.add_argument("--seed", type=SEED, default=0)
+            task.add_argument(f"--{key}", type=number(kind=type(value)), default=value, help=MEANING[key])
+        task.add_argument("--seed", type=SEED, default=0, help="another one, other clips, times and noise")
         task.add_argument("--config", type=sizes, default={}, help="sizes of the network, where not the default's or "
                           "those of --init: JSON")
         task.add_argument("--init", help="weights to start from")
-        task.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+        task.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
         task.add_argument("--threads", type=number(1, kind=int), help="CPU threads")
         task.add_argument("--workers", type=int, default=1, help="processes that prepare batches")
         task.add_argument("--decay", choices=("cosine", "exponential"), default="cosine", help="of the learning rate")
         task.add_argument("--gamma", type=float, default=0.999, help="exponential decay: the factor of a step")
-        task.add_argument("--log-every", type=int, default=20)
-        task.add_argument("--eval-every", type=int, default=400)
-        task.add_argument("--save-every", type=int, default=100)
+        for what, steps in (("log", 20), ("eval", 400), ("save", 100)):
+            task.add_argument(f"--{what}-every", type=int, default=steps, help="in steps")
         task.add_argument("--data", nargs="+", default=["bounce"], metavar="DATA", help="in equal shares: folders of "
                           f"media files, worlds ({', '.join(WORLDS)}), aist:FOLDER:SPLIT_LIST.txt (AIST++) and "
                           "epic:FOLDER:ANNOTATIONS.csv (EPIC-Sounds); of 25 files one is held out for validation, one "
