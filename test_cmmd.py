@@ -4137,7 +4137,8 @@ def test_weights_run_the_readmes_python(trained, tmp_path, monkeypatch):
 
 
 def test_weights_are_small_and_have_a_card(trained):
-    assert sum(path.stat().st_size for path in (REPO / "weights").rglob("*") if path.is_file()) < 36e6
+    size = lambda folder: sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    assert size(WORLDS) < 36e6 and size(REPO / "weights") < 50e6
     assert any("bounce" in card.read_text() for card in (REPO / "weights").rglob("README.md"))
 
 
@@ -4195,6 +4196,22 @@ def test_weights_worlds_score_the_truth_as_the_chain_ceiling(trained, tmp_path, 
         rates = {row["metric"]: row for row in result["beats"]}
         assert "clean: beat hit rate ±100 ms" in said
         assert rates["clean: beat hit rate ±100 ms"]["value"] == rates["clean: beat hit rate ±100 ms"]["ceiling"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (SHARED / "grid" / "test").is_dir(), reason="needs the real faces of ../shared/data/grid")
+def test_weights_give_held_out_faces_the_loudness_of_their_speech(tmp_path):
+    """Residual envelope correlation of 12 clips, 0.5 or more over all 75 (README), chance 0."""
+    models, (made, true) = load_models("grid"), (tmp_path / name for name in ("made", "true"))
+    assert models.cmmd.config.fps == 25 and sum(x.numel() for x in models.cmmd.parameters()) < 6e6
+    made.mkdir(), true.mkdir()
+    for path in sorted((SHARED / "grid" / "test").glob("*.mp4"))[::6][:12]:
+        (true / path.name).symlink_to(path)
+        sample(path, models=models).save(made / path.name)
+    assert not evaluate.main([str(made), str(true), "--out", str(tmp_path / "rows.json")])
+    rows = {row["metric"]: row for row in json.loads((tmp_path / "rows.json").read_text())["rows"]}
+    residual = rows["envelope correlation, residual"]
+    assert residual["value"] > 0.35 and abs(residual["chance"]) < 0.15
 
 
 @shipped
