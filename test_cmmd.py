@@ -1881,7 +1881,7 @@ def test_data_dance_is_a_function_of_its_seed():
 
 
 def test_data_dance_beats_are_the_grid_of_its_tempo():
-    clips = [dance(seed, seconds=3.6, size=0) for seed in range(300)]
+    clips = [dance(seed, seconds=3.6, size=0) for seed in range(120)]
     assert {int(clip.kinds[0]) for clip in clips} == set(range(len(STYLES)))
     tempi = [clip.tempo for clip in clips]
     assert TEMPI[0] <= min(tempi) < TEMPI[0] + 2 and TEMPI[1] - 2 < max(tempi) <= TEMPI[1]
@@ -1906,7 +1906,7 @@ def test_data_dance_every_beat_is_heard():
 def test_data_dance_beats_are_found_by_librosa():
     librosa = pytest.importorskip("librosa", reason="librosa is not installed")
     rates = []
-    for seed in range(600_000, 600_030):
+    for seed in range(600_000, 600_015):
         clip = dance(seed, seconds=3.6, size=0)
         wave = librosa.resample(clip.audio, orig_sr=16000, target_sr=22050)
         beats = librosa.beat.beat_track(y=wave, sr=22050, units="time")[1]
@@ -1931,7 +1931,7 @@ def test_data_dance_turns_round_on_the_beat():
 
 
 def test_data_dance_style_is_seen_and_heard():
-    clips = [dance(seed) for seed in range(600_000, 600_160)]
+    clips = [dance(seed) for seed in range(600_000, 600_120)]
     styles = np.array([clip.kinds[0] for clip in clips])
     grey = lambda rgb: rgb - rgb.mean(-1, keepdims=True)
     hues = grey(np.stack([data._rgb(hue, 1.0, 1.0) for hue in KIND_HUE]))
@@ -1942,8 +1942,8 @@ def test_data_dance_style_is_seen_and_heard():
         shirts.append((hues @ strong / np.linalg.norm(hues, axis=1)).argmax())
     assert np.mean(shirts == styles) >= 0.9
     x = np.stack([[*mel.mean(1), 1.0] for mel in true_mels(clips)])  # ridge regression from the mean mel
-    fit = np.linalg.solve(x[:100].T @ x[:100] + 0.1 * np.eye(81), x[:100].T @ np.eye(len(STYLES))[styles[:100]])
-    assert np.mean((x[100:] @ fit).argmax(1) == styles[100:]) >= 0.9
+    fit = np.linalg.solve(x[:80].T @ x[:80] + 0.1 * np.eye(81), x[:80].T @ np.eye(len(STYLES))[styles[:80]])
+    assert np.mean((x[80:] @ fit).argmax(1) == styles[80:]) >= 0.9
 
 
 # ==== data: caches
