@@ -229,6 +229,11 @@ def fast_autocast(device):
     return torch.autocast(kind, torch.bfloat16) if fast else nullcontext()
 
 
+def no_autocast(device):
+    """Context: float32 stays float32, also within `fast_autocast`."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
 # ---- Schedule (ours: the paper's appendix would give it). All arithmetic in float32.
 
 
@@ -517,7 +522,7 @@ class EasyFusion(nn.Module):
         """values (N, C, H, W) -> weights to read by, summing to 1, and to write by, of peak 1, each (N, heads, H*W)."""
         N, _, H, W = values.shape
         if self.score is None:
-            even = values.new_ones(N, self.config.heads, H * W)
+            even = torch.ones(N, self.config.heads, H * W, device=values.device)
             return even / (H * W), even
         look, write = self.score(values).flatten(2).float().chunk(2, dim=1)
         return look.softmax(dim=2), (write - write.amax(dim=2, keepdim=True)).exp()
@@ -528,7 +533,7 @@ class EasyFusion(nn.Module):
         heads, fps, device = self.config.heads, self.config.fps, audio.device
         rows, columns = torch.linspace(-1, 1, H, device=device), torch.linspace(-1, 1, W, device=device)
         grid = torch.stack([rows.repeat_interleave(W), columns.repeat(H)], dim=1)  # (H*W, 2)
-        with torch.autocast(device.type, enabled=False):  # what moves by a little would drown in bf16
+        with no_autocast(device):  # what moves by a little would drown in bf16
             found = torch.einsum("nhcp,nhp->nhc", values.float().reshape(N, heads, C // heads, H * W), look)
             found, place = (x.flatten(1).unflatten(0, (B, -1)) for x in (found, look @ grid))  # (B, T, C | 2*heads)
             crossing = torch.cat([self.norm_pooled(found), place, moving(torch.cat([found, place], dim=2))], dim=2)
@@ -539,7 +544,7 @@ class EasyFusion(nn.Module):
     def _to_video(self, audio, video, write, step):
         B, L, (N, C, H, W), device = len(audio), audio.shape[2], video.shape, audio.device
         mix = averaging(N // B, L, step, self.config.fps, device)
-        with torch.autocast(device.type, enabled=False):
+        with no_autocast(device):
             seen = torch.einsum("stl,bcl->btsc", mix, self.norm_audio(audio.float()))  # (B, T, 2, Ca)
         everywhere, there = self.to_video(seen.flatten(2)).flatten(0, 1).chunk(2, dim=1)  # (N, Cv)
         there = there.reshape(N, self.config.heads, -1, 1) * write[:, :, None]  # (N, heads, Cv/heads, H*W)
