@@ -505,7 +505,8 @@ def worlds(args):
     settings = {key: getattr(args, key) for key in ("steps", "guidance", "stochasticity", "sampler")
                 if getattr(args, key) is not None}
     result = {key: getattr(args, key) for key in ("world", "make", "n", "seconds", "weights")}
-    result |= {"seeds": [args.seed_start, args.seed_start + args.n - 1], "settings": settings, "machine": machine(args.device)}
+    result |= {"seeds": [args.seed_start, args.seed_start + args.n - 1], "settings": settings,
+               "machine": machine(args.device)}
     with tempfile.TemporaryDirectory() as folder:
         seeds = range(args.seed_start, args.seed_start + args.n)
         world = Worlds(models, args.world, args.make, seeds, args.seconds, args.batch, folder)
@@ -551,6 +552,7 @@ def of_ceiling(rows):
 
 
 def row_name(row):
+    """What a row of event_table is called."""
     return row["pictures"] if "pictures" in row else row["sound"]
 
 
@@ -611,6 +613,7 @@ def event_table(rows, what, right):
 
 
 def span(value, interval):
+    """A figure and its 95 % interval, as the tables have them."""
     return f"{value:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"
 
 
@@ -800,7 +803,8 @@ def speed(args):
             rows.append({"seconds": seconds, **json.loads(child.stdout)})
     print(speed_table(rows, args))
     if args.out:
-        write_result(args.out, {"weights": args.weights, "steps": args.steps, "machine": machine(args.device), "rows": rows})
+        write_result(args.out, {"weights": args.weights, "steps": args.steps, "machine": machine(args.device),
+                                "rows": rows})
 
 
 def timed_sample(args):
@@ -1611,8 +1615,8 @@ def ports(args):
     rows = [port_row(what, args) for what in PORTS if what in args.only and (what != "MelGAN" or args.melgan)]
     lengths = (64, 600) if "VAE decode" in args.only else ()  # 64 frames of 32 x 32 are the most decoded at a time
     long = {n: port_memory("VAE decode", "ours", n, 32, args) for n in lengths}
-    result = {"frames": args.frames, "size": args.size, "repeats": args.repeats, "machine": machine("cpu"), "rows": rows,
-              "long": long}
+    result = {"frames": args.frames, "size": args.size, "repeats": args.repeats, "machine": machine("cpu"),
+              "rows": rows, "long": long}
     print(ports_table(result))
     if args.out:
         write_result(args.out, result)
@@ -1947,6 +1951,7 @@ def arguments():
 
 
 def folders_arguments(command):
+    """What the command `folders` takes."""
     command.add_argument("generated", help="folder of clips, any model's: NAME.mp4, or NAME.0.mp4, NAME.1.mp4 ...")
     command.add_argument("reference", help="folder of the true NAME.mp4")
     command.add_argument("--seconds", type=float, help="compare the first seconds only (default: all)")

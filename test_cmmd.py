@@ -4069,7 +4069,8 @@ def test_packaging_readme_commands_have_these_arguments(words):
     program, *words = words
     if program == "evaluate.py" and words and words[0] not in evaluate.COMMANDS:
         words = ["folders", *words]
-    read = {"sample.py": sampling._arguments, "train.py": train.arguments, "evaluate.py": evaluate.arguments().parse_args}
+    read = {"sample.py": sampling._arguments, "train.py": train.arguments,
+            "evaluate.py": evaluate.arguments().parse_args}
     read[program](words)  # argparse ends the process at what it does not know
 
 

@@ -542,7 +542,7 @@ def encode_clips(clips, autoencoder):
     device = next(autoencoder.parameters()).device
     latents = autoencoder.encode(to_frames(np.stack([clip.video for clip in clips])).to(device)).cpu()
     waves = torch.from_numpy(np.stack([clip.audio for clip in clips])) * 32767
-    short = math.ceil(latents.shape[1] / clips[0].fps * clips[0].sample_rate) - waves.shape[1]  # of the last frame's end
+    short = math.ceil(latents.shape[1] / clips[0].fps * clips[0].sample_rate) - waves.shape[1]  # to its end
     waves = torch.nn.functional.pad(waves, (0, max(0, short)))
     return [EncodedClip(x, y, len(x), clip.fps, clip.sample_rate) for x, y, clip in zip(latents, waves, clips)]
 
@@ -780,8 +780,9 @@ RECIPES = {  # what each training starts from; all ours but the vocoder's second
     "vocoder": dict(steps=2500, batch=1, lr=1e-3, warmup=100, ema=0.995),
     "cmmd": dict(steps=1600, batch=16, lr=1e-3, warmup=60, ema=0.997),
 }
-MEANING = {"steps": "of the optimiser", "batch": "clips, sounds or frames in a step", "lr": "learning rate, at its highest",
-           "warmup": "steps until then", "ema": "decay of the weights' moving average, at the end"}
+MEANING = {"steps": "of the optimiser", "batch": "clips, sounds or frames in a step",
+           "lr": "learning rate, at its highest", "warmup": "steps until then",
+           "ema": "decay of the weights' moving average, at the end"}
 TRAININGS = {"vae": train_vae, "vocoder": train_vocoder, "cmmd": train_cmmd}
 
 

@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 import cmmd
-from cmmd import first_few, fit_tensors, number, read_tensors
+from cmmd import first_few, fit_tensors, no_autocast, number, read_tensors
 
 FLOOR = 1e-5  # magnitudes below it count as silence: log10 -> -5
 SLOPE = 0.2  # of every leaky ReLU
@@ -107,7 +107,7 @@ def log_mel(wave: torch.Tensor, config) -> torch.Tensor:
     least = max(config.hop, total - total // 2 + 1)
     if wave.shape[1] < least:
         raise ValueError(f"log_mel: {wave.shape[1]} samples are too few, at least {least} are needed")
-    with torch.autocast(wave.device.type, enabled=False):
+    with no_autocast(wave.device):
         padded = F.pad(wave.float(), (total // 2, total - total // 2), mode="reflect")
         filters, hop, mels = mel_filters(config).to(wave.device), config.hop, []
         for start in range(0, wave.shape[1] // hop, CHUNK):  # spectra take far more memory than mels
