@@ -802,6 +802,13 @@ def draw_negatives(x, shifted, others, dim, shares=(1, 1, 1)):
 
 
 CONDITIONS = ("clean", "replace", "guide")  # how a given side enters
+GUIDED = 0.5  # "clean" guides at noise levels above this: what is late are details, which guidance only roughens
+
+
+def own_guidance(condition, given):
+    """The guidance of a condition where none is asked for: 1 of "guide" (Eq. 3); 2 of "clean" for pictures that are made
+    for sounds, which otherwise follow them too little (measured: README); else 0."""
+    return {"guide": 1.0, "clean": 2.0 if given == 1 else 0.0}.get(condition, 0.0)
 
 
 @torch.no_grad()
@@ -816,10 +823,11 @@ def generate(model: CMMD, video: torch.Tensor | None = None, audio: torch.Tensor
     no whole video is given; by default as many as what is given fills.
     keep: (keep_video, keep_audio), for a side that is given in part: boolean masks (T,) or (B, T), (L,) or (B, L).
     Where True its values are held exactly, elsewhere and beyond its end they are made: continuation and inpainting.
-    condition, how the given side enters: "clean" at its own t = 0 (ours), with guidance w (default 0) away from the
-    prediction that does not see it; "replace" noised to the current level (Eq. 5); "guide" also pulled down the
-    gradient of its own reconstruction (Eq. 3) with lambda = guidance (default 1). It says nothing of a side that is
-    given in part: what is kept of that stands, as in Eq. 5, at the noise level of all that is made.
+    condition, how the given side enters: "clean" at its own t = 0 (ours), with guidance w (default: 2 for pictures, 0
+    for sounds) away from the prediction that does not see it, at t > 0.5; "replace" noised to the current level (Eq. 5);
+    "guide" also pulled down the gradient of its own reconstruction (Eq. 3) with lambda = guidance (default 1). It says
+    nothing of a side that is given in part: what is kept of that stands, as in Eq. 5, at the noise level of all that is
+    made.
     sampler: "ddim" with `stochasticity` s in [0, 1] (0 DDIM, 1 fresh noise at every step) or "dpm", DPM-Solver++(2M).
     seeds: one a sample; the same seed gives the same noise on any device and in any batch. Clips longer than a training
     window are cut into windows every `stride` frames, `window_batch` at a time, whose predictions are blended at every
@@ -841,6 +849,7 @@ def generate(model: CMMD, video: torch.Tensor | None = None, audio: torch.Tensor
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     draw = lambda side: torch.stack([torch.randn(shapes[side], generator=g) for g in generators]).to(device)
     noise = [draw(0), draw(1)]
+    guidance = own_guidance(condition, given) if guidance is None else guidance
     if given is not None and condition == "clean" and not guidance:
         noise[given] = None  # drawn so that the generators go on alike, then never seen
     kept = [(side, known[side], mask.to(device)) for side, mask in enumerate(keep) if mask is not None]
@@ -956,12 +965,11 @@ def _predictor(model, windows, known, given, condition, guidance, shift):
     def clean(x, t, noise):
         x, times = list(x), [t, t]
         x[given], times[given] = known, 0.0
-        seeing = at(x, times)
-        if not guidance:
-            return seeing
-        x[given], times[given] = noise[given], 1.0
-        push = lambda s, blind: s + guidance * (s - blind)
-        return [None if s is None else in_pieces(push, s, blind, into=s) for s, blind in zip(seeing, at(x, times))]
+        seeing, made = at(x, times), 1 - given
+        if guidance and t > GUIDED:
+            x[given], times[given] = noise[given], 1.0
+            push_away(seeing[made], at(x, times)[made], guidance)
+        return seeing
 
     def replace(x, t, noise):
         x, whole, times = list(x), windows.lengthen(known, given), levels(t, shift)
@@ -970,10 +978,19 @@ def _predictor(model, windows, known, given, condition, guidance, shift):
             return at(x, times)
         x_0, gradient = windows.reconstruction_gradient(model, x, times, whole, given)
         signal = math.cos(times[1 - given] * math.pi / 2)  # sqrt(alpha_bar)
-        pulled = x_0 - (1.0 if guidance is None else guidance) * signal * gradient
+        pulled = x_0 - guidance * signal * gradient
         return [None, pulled] if given == 0 else [pulled, None]
 
     return joint if given is None else clean if condition == "clean" else replace
+
+
+def push_away(x, blind, guidance):
+    """x + guidance (x - blind), scaled back to the spread that each sample of x (B, ...) had, written into x: classifier-
+    free guidance, rescaled (Ho and Salimans 2021; Lin et al. 2023, Sec. 3.4)."""
+    spread = lambda: torch.stack([one.std() for one in x]).reshape(-1, *[1] * (x.dim() - 1))
+    before = spread()
+    in_pieces(lambda s, b: s + guidance * (s - b), x, blind, into=x)
+    x.mul_(before / spread().clamp(min=1e-6))
 
 
 class Windows:

@@ -794,6 +794,31 @@ def test_cmmd_generate_asks_nothing_of_a_given_side_but_what_it_needs(full_preci
     torch.testing.assert_close(guided[1], plain[1], rtol=0, atol=1e-5)  # the same noise for the sound
 
 
+def test_cmmd_guidance_pushes_away_and_keeps_the_spread(full_precision):
+    x, blind = noise(2, 5, 4, 3, 3), noise(2, 5, 4, 3, 3)
+    pushed, expected = x.clone(), x + 2 * (x - blind)
+    cmmd.push_away(pushed, blind, 2.0)
+    for one, before, raw in zip(pushed, x, expected):
+        torch.testing.assert_close(one.std(), before.std())
+        torch.testing.assert_close(one, raw * before.std() / raw.std())
+
+
+def test_cmmd_pictures_are_guided_and_sounds_are_not_unless_asked(full_precision, monkeypatch):
+    """Guidance asks for a second prediction, with the given side as noise at t = 1, in the steps above GUIDED."""
+    model, given, seen = tiny_model(), (noise(1, 5, 4, 4, 4), noise(1, 80, 32)), []
+    monkeypatch.setattr(model, "forward", lambda video, audio, *times: seen.append(
+        tuple(round(float(t), 6) for t in times)) or (torch.zeros_like(video), torch.zeros_like(audio)))
+    generate(model, given[0], steps=4)
+    assert seen == [(0, 1), (0, 0.75), (0, 0.5), (0, 0.25)]
+    seen.clear()
+    generate(model, audio=given[1], steps=4)
+    assert seen == [(1, 0), (1, 1), (0.75, 0), (0.75, 1), (0.5, 0), (0.25, 0)]
+    for audio, guidance, calls in ((given[1], 0.0, 4), (None, 1.0, 6)):
+        seen.clear()
+        generate(model, None if audio is not None else given[0], audio, steps=4, guidance=guidance)
+        assert len(seen) == calls
+
+
 # ==== vae
 
 
@@ -4055,8 +4080,9 @@ def readme_commands():
     parts, found = re.split(r"^```(.*)$", (REPO / "README.md").read_text(), flags=re.MULTILINE), []
     text, blocks = "".join(parts[::4]), [block for kind, block in zip(parts[1::4], parts[2::4]) if not kind]
     for block in blocks:
-        names = dict(re.findall(r'^(\w+)="(.*)"$', block, re.MULTILINE))
+        names = {name: value for name, _, value in re.findall(r"""^(\w+)=(["'])(.*)\2$""", block, re.MULTILINE)}
         lines = block.replace("\\\n", " ").splitlines()
+        lines = [re.sub(r'"\$(\w+)"', lambda m: shlex.quote(names[m[1]]), line) for line in lines]
         found += [re.sub(r"\$(\w+)", lambda m: names[m[1]], line) for line in lines]
     found += re.findall(r"`([^`]*\bpython \w+\.py [^`]*)`", text.replace("\n", " "))
     calls = [re.search(r"\bpython (\w+\.py.*)", part) for line in found for part in line.split("&&")]
