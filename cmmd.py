@@ -757,9 +757,10 @@ def contrastive_loss(model, pair, times, noise, negatives, eta, margin=None, mot
     pair, times and noise: (video, audio) each, as `joint_loss` takes them. negatives: (wrong_video, wrong_audio), each
     (n, ...), for the first n samples of the batch: the paper's "sub-sample". A negative has its positive's times and
     noise, its velocity is that of the negative itself, and a clean side has no loss there either (ours; the paper is
-    silent). Eq. 6 falls without bound as negatives get worse. With `margin` (ours) each term is bounded instead:
-    eta * max(0, margin + its positive's loss - its own), so a negative that is worse by the margin is left alone.
-    motion: see `joint_loss`."""
+    silent). Eq. 6 falls without bound as negatives get worse. With `margin` (ours) each term is a triplet loss instead,
+    eta * max(0, margin + its positive's loss - its own): a negative that is worse by the margin is left alone, and
+    where right and wrong cannot be told apart, as in much noise, both pulls cancel. (With the positive's loss held
+    constant, only 1 - 2 eta of its own pull is left there, and eta = 1 diverged.) motion: see `joint_loss`."""
     n = len(negatives[0])
     video = torch.cat([pair[0], pair[0][:n], negatives[0]])
     audio = torch.cat([pair[1], negatives[1], pair[1][:n]])
@@ -772,7 +773,7 @@ def contrastive_loss(model, pair, times, noise, negatives, eta, margin=None, mot
         if margin is None:
             total = total - eta * wrong.mean()
         else:
-            total = total + eta * F.relu(margin + positive[:n].sum(dim=1).detach() - wrong).mean()
+            total = total + eta * F.relu(margin + positive[:n].sum(dim=1) - wrong).mean()
     return ContrastiveLoss(total, positive, wrong_audio, wrong_video)
 
 
@@ -806,8 +807,8 @@ GUIDED = 0.5  # "clean" guides at noise levels above this: what is late are deta
 
 
 def own_guidance(condition, given):
-    """The guidance of a condition where none is asked for: 1 of "guide" (Eq. 3); 2 of "clean" for pictures that are made
-    for sounds, which otherwise follow them too little (measured: README); else 0."""
+    """The guidance of a condition where none is asked for: 1 of "guide" (Eq. 3); 2 of "clean" for pictures of sounds,
+    which otherwise follow them too little (measured: README); else 0."""
     return {"guide": 1.0, "clean": 2.0 if given == 1 else 0.0}.get(condition, 0.0)
 
 
@@ -824,10 +825,10 @@ def generate(model: CMMD, video: torch.Tensor | None = None, audio: torch.Tensor
     keep: (keep_video, keep_audio), for a side that is given in part: boolean masks (T,) or (B, T), (L,) or (B, L).
     Where True its values are held exactly, elsewhere and beyond its end they are made: continuation and inpainting.
     condition, how the given side enters: "clean" at its own t = 0 (ours), with guidance w (default: 2 for pictures, 0
-    for sounds) away from the prediction that does not see it, at t > 0.5; "replace" noised to the current level (Eq. 5);
-    "guide" also pulled down the gradient of its own reconstruction (Eq. 3) with lambda = guidance (default 1). It says
-    nothing of a side that is given in part: what is kept of that stands, as in Eq. 5, at the noise level of all that is
-    made.
+    for sounds) away from the prediction that does not see it, at t > 0.5; "replace" noised to the current level
+    (Eq. 5); "guide" also pulled down the gradient of its own reconstruction (Eq. 3) with lambda = guidance (default 1).
+    It says nothing of a side that is given in part: what is kept of that stands, as in Eq. 5, at the noise level of all
+    that is made.
     sampler: "ddim" with `stochasticity` s in [0, 1] (0 DDIM, 1 fresh noise at every step) or "dpm", DPM-Solver++(2M).
     seeds: one a sample; the same seed gives the same noise on any device and in any batch. Clips longer than a training
     window are cut into windows every `stride` frames, `window_batch` at a time, whose predictions are blended at every
@@ -985,8 +986,8 @@ def _predictor(model, windows, known, given, condition, guidance, shift):
 
 
 def push_away(x, blind, guidance):
-    """x + guidance (x - blind), scaled back to the spread that each sample of x (B, ...) had, written into x: classifier-
-    free guidance, rescaled (Ho and Salimans 2021; Lin et al. 2023, Sec. 3.4)."""
+    """x + guidance (x - blind), scaled back to the spread that each sample of x (B, ...) had, written into x:
+    classifier-free guidance, rescaled (Ho and Salimans 2021; Lin et al. 2023, Sec. 3.4)."""
     spread = lambda: torch.stack([one.std() for one in x]).reshape(-1, *[1] * (x.dim() - 1))
     before = spread()
     in_pieces(lambda s, b: s + guidance * (s - b), x, blind, into=x)

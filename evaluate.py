@@ -794,17 +794,23 @@ def speed(args):
         for seconds in args.seconds:
             path, clip = Path(folder) / f"{seconds:g}.mp4", bounce(TEST_SEED, seconds=seconds)
             write_clip(path, clip.video, fps=clip.fps)
-            command = [sys.executable, __file__, "speed", "--child", str(path), "--steps", str(args.steps)]
-            command += ["--weights", args.weights] + (["--device", args.device] if args.device else [])
-            child = subprocess.run(command, capture_output=True, text=True)
-            if child.returncode:
-                said = child.stderr.strip().rpartition("\n")[2].removeprefix("evaluate.py: ")
-                raise ValueError(said or f"the process for {seconds:g} s of video ended with {child.returncode}")
-            rows.append({"seconds": seconds, **json.loads(child.stdout)})
+            device = ["--device", args.device] if args.device else []
+            rows.append({"seconds": seconds, **in_process("speed", "--child", path, "--steps", args.steps,
+                                                          "--weights", args.weights, *device)})
     print(speed_table(rows, args))
     if args.out:
         write_result(args.out, {"weights": args.weights, "steps": args.steps, "machine": machine(args.device),
                                 "rows": rows})
+
+
+def in_process(*words, env=None):
+    """What `evaluate.py WORDS` prints as JSON, in a fresh process. ValueError, with its last line, if it fails."""
+    words = list(map(str, words))
+    child = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True, env=env)
+    if child.returncode:
+        said = child.stderr.strip().rpartition("\n")[2].removeprefix("evaluate.py: ")
+        raise ValueError(said or f"the process `{' '.join(words)}` ended with {child.returncode}")
+    return json.loads(child.stdout)
 
 
 def timed_sample(args):
@@ -1709,13 +1715,9 @@ def port_row(what, args):
 def port_memory(what, side, frames, size, args):
     """Peak memory in MiB of one call in a fresh process, beyond what stood before it and what it returns. Blocks above
     64 KiB go back at once when freed, so that it is what the call holds and not what the allocator keeps."""
-    command = [sys.executable, __file__, "ports", "--child", what, side, "--frames", str(frames), "--size", str(size)]
-    command += ["--threads", str(args.threads)] + (["--melgan", args.melgan] if args.melgan else [])
-    frugal = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    child = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=frugal)
-    if child.returncode:
-        raise ValueError(f"the process that measured {what} ({side}) ended with {child.returncode}")
-    return json.loads(child.stdout)
+    clone = ["--melgan", args.melgan] if args.melgan else []
+    return in_process("ports", "--child", what, side, "--frames", frames, "--size", size, "--threads", args.threads,
+                      *clone, env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"})
 
 
 def memory_of_call(function):
@@ -1770,13 +1772,9 @@ def bench(args):
     for size, what in itertools.product(args.sizes, (what for what in BENCH if what in args.only)):
         if what == "mm-diffusion" and (not args.mm_diffusion or size != args.sizes[0]):
             continue
-        command = [sys.executable, __file__, "bench", "--child", what, "--sizes", size, "--batch", str(args.batch),
-                   "--repeats", str(args.repeats), "--threads", str(args.threads), "--device", args.device]
-        command += ["--mm-diffusion", args.mm_diffusion] if args.mm_diffusion else []
-        child = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-        if child.returncode:
-            return child.returncode  # it has said why
-        rows.append(json.loads(child.stdout))
+        clone = ["--mm-diffusion", args.mm_diffusion] if args.mm_diffusion else []
+        rows.append(in_process("bench", "--child", what, "--sizes", size, "--batch", args.batch, "--repeats",
+                               args.repeats, "--threads", args.threads, "--device", args.device, *clone))
     result = {"rows": rows, "batch": args.batch, "repeats": args.repeats, "machine": machine(args.device),
               "device": args.device}
     print(bench_table(result))
