@@ -757,11 +757,11 @@ def test_cmmd_replace_is_eq_5_and_guide_eq_3(full_precision, given):
         plain = denoise(x[1 - given], windows.velocities(model, noisy, [t, t])[1 - given].detach(), t)[0]
         free = noisy[1 - given] = x[1 - given].clone().requires_grad_()
         (gradient,) = torch.autograd.grad(reconstruction_error(model, windows, noisy, t, known, given), free)
-        for how, weight in (("replace", None), ("guide", 0.0), ("guide", 0.7), ("guide", None)):
+        assert cmmd.own_guidance("guide", given) == 1.0
+        for how, weight in (("replace", 0.0), ("guide", 0.0), ("guide", 0.7)):
             with torch.no_grad():
                 made = cmmd._predictor(model, windows, known, given, how, weight, 1)(x, t, eps)[1 - given]
-            pull = {"replace": 0.0, "guide": 1.0 if weight is None else weight}[how]  # lambda is 1 by default
-            torch.testing.assert_close(made, plain - pull * signal * gradient, rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(made, plain - weight * signal * gradient, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("size", [1, 7, 1000])
@@ -1955,6 +1955,7 @@ def test_data_dance_turns_round_on_the_beat():
             assert now[1, 1] < points(beat + 0.2)[1, 1] and np.abs(now - points(beat + 1)).max() > 0.1
 
 
+@pytest.mark.slow
 def test_data_dance_style_is_seen_and_heard():
     clips = [dance(seed) for seed in range(600_000, 600_120)]
     styles = np.array([clip.kinds[0] for clip in clips])
@@ -2885,7 +2886,7 @@ def test_train_learning_rate_warms_up_and_comes_down():
     assert rates[9:13] == pytest.approx([1.0, 1.0, 0.9, 0.81]) and rates[109] == pytest.approx(0.9**99)
 
 
-@pytest.mark.parametrize("name", ["vae", "vocoder", "cmmd, files"])
+@pytest.mark.parametrize("name", [*(pytest.param(x, marks=pytest.mark.slow) for x in ("vae", "vocoder")), "cmmd, files"])
 def test_train_on_folders_resumed_equals_never_stopped(tmp_path, monkeypatch, capsys, weights, name):
     few_clips(monkeypatch)
     task = name.partition(",")[0]
@@ -3110,7 +3111,10 @@ def test_train_processes_and_parts_give_the_weights_of_one(tmp_path, weights, fu
     names = [k for k in fresh if "score.bias" not in k]  # a softmax's bias changes nothing: its gradient is rounding
     assert min((one[f"cmmd/{k}"] - fresh[k]).abs().max() for k in names) > 3e-5
     for other in others:
-        assert max((other[f"cmmd/{k}"] - one[f"cmmd/{k}"]).abs().max() for k in names) < 1e-5
+        apart = torch.cat([(other[f"cmmd/{k}"] - one[f"cmmd/{k}"]).abs().flatten() for k in names])
+        assert (apart > 1e-5).float().mean() < 1e-3 and apart.max() < 1e-4  # AdamW makes much of a gradient of rounding
+        for key in (k for k in one if k.endswith("exp_avg")):
+            assert (other[key] - one[key]).norm() <= 1e-3 * one[key].norm() + 1e-7
 
 
 def test_train_batches_must_divide_among_parts_and_processes(tmp_path, monkeypatch, weights, capsys):
@@ -3707,6 +3711,7 @@ def test_evaluate_missing_packages_are_one_line(monkeypatch, capsys, tmp_path):
     assert capsys.readouterr().err == "evaluate.py: matplotlib is not installed: pip install matplotlib\n"
 
 
+@pytest.mark.slow
 def test_evaluate_speed_with_bad_weights_is_one_line(tmp_path):
     result = subprocess.run([sys.executable, REPO / "evaluate.py", "speed", "--seconds", "1", "--weights", tmp_path],
                             capture_output=True, text=True)
@@ -4018,6 +4023,7 @@ def test_evaluate_memory_of_call_counts_what_is_held_at_once():
     assert 370 < float(new) < 460
 
 
+@pytest.mark.slow
 def test_evaluate_bench_counts_and_refuses(tmp_path, capfd):
     words = ["bench", "--sizes", "demo", "--batch", "1", "--repeats", "1", "--only"]
     assert not evaluate.main([*words, "pass", "bare", "--out", str(tmp_path / "rows.json")])
