@@ -2623,7 +2623,9 @@ TRAININGS = {
 }
 
 
-@pytest.mark.parametrize("name", [name for name in TRAININGS if "files" not in name])
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=[pytest.mark.slow] * (name in ("vae", "cmmd, cached")))
+    for name in TRAININGS if "files" not in name])
 def test_train_resumed_equals_never_stopped(tmp_path, monkeypatch, weights, name):
     task = name.partition(",")[0]
     few_clips(monkeypatch)
@@ -3903,6 +3905,7 @@ def test_evaluate_compare_pairs_clips(tmp_path, capsys):
     assert "make it anew" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_evaluate_pairs_command(tmp_path, weights, capsys):
     """The table of an untrained model, which finds no sound."""
     words = ["pairs", "--weights", str(weights), "--n", "16", "--out", str(tmp_path / "pairs.json")]
@@ -4193,8 +4196,9 @@ def test_weights_make_the_sounds_of_held_out_clips(trained, tmp_path):
 
 @shipped
 @pytest.mark.parametrize("world, make, seconds", [
-    ("bounce", "sound", 1.8), ("bounce", "both", 1.8), *(pytest.param(*case, marks=pytest.mark.slow) for case in (
-        ("bounce", "picture", 1.8), ("dance", "picture", 1.8), ("dance", "sound", 3.6), ("dance", "both", 3.6)))])
+    ("bounce", "sound", 1.8), *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        ("bounce", "both", 1.8), ("bounce", "picture", 1.8), ("dance", "picture", 1.8), ("dance", "sound", 3.6),
+        ("dance", "both", 3.6)))])
 def test_weights_worlds_score_the_truth_as_the_chain_ceiling(trained, tmp_path, monkeypatch, capsys, world, make,
                                                               seconds):
     """The true latents and mel in place of what a model makes: equal to the ceiling, and to the world in variety."""
