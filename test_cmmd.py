@@ -4284,8 +4284,8 @@ def seams(x, side):
 @pytest.mark.slow
 @pytest.mark.parametrize("make", ["sound", "picture", "both"])
 def test_weights_leave_no_seams(trained, make):
-    """20 s, 24 windows: onset rate, level and change at their borders are those inside, in every direction. Of six clips:
-    of one alone the change differs by up to 0.3, of the true sounds' too."""
+    """20 s, 24 windows: onset rate, level and change at their borders are those inside, in every direction. Of six
+    clips: of one alone the change differs by up to 0.3, of the true sounds' too."""
     seeds = range(6)
     clips = [bounce(600_000 + i, 20.0) for i in seeds]
     frames = train.to_frames(np.stack([clip.video for clip in clips]))
