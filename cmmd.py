@@ -50,7 +50,7 @@ def atomic(path):
     if path.is_dir():
         raise ValueError(f"{path}: cannot write, this is a folder; give a file name")
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=f".{path.stem[:40]}-", suffix=path.suffix, dir=path.parent)
     except OSError as error:
         raise ValueError(f"{path}: cannot write in {path.parent} ({error.strerror}); choose another folder") from None
     os.close(handle)
@@ -69,9 +69,17 @@ def save(path: str | os.PathLike, module: nn.Module, dtype: torch.dtype | None =
     weights = {name: w.detach().cpu().contiguous() for name, w in module.state_dict().items()}
     if dtype is not None:
         weights = {name: w.to(dtype) if w.is_floating_point() else w for name, w in weights.items()}
-    header = {"class": type(module).__name__, "config": json.dumps(asdict(module.config))}
+    write_tensors(path, weights, {"class": type(module).__name__, "config": json.dumps(asdict(module.config))})
+
+
+def write_tensors(path, tensors, header):
+    """Tensors by name and a header {text: text} as one safetensors file, whole or not at all; ValueError on a full
+    disk."""
     with atomic(path) as temporary:
-        save_file(weights, temporary, metadata=header)
+        try:
+            save_file(tensors, temporary, metadata=header)
+        except SafetensorError as error:
+            raise ValueError(f"{path}: cannot be written ({error})") from None
 
 
 def load(path: str | os.PathLike, cls: type[nn.Module]) -> nn.Module:
@@ -164,7 +172,7 @@ class Parser(argparse.ArgumentParser):
         """function(*arguments); the exit status: what it returns or 0, or 2 after one line that says what is wrong."""
         try:
             return function(*arguments) or 0
-        except (ValueError, ImportError, OSError) as error:
+        except (ValueError, ImportError, OSError, torch.cuda.OutOfMemoryError) as error:
             print(f"{self.prog}: {' '.join(str(error).split())}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
@@ -319,12 +327,16 @@ class CMMDConfig:
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if not len(self.video_channels) == len(self.audio_channels) == len(self.attention) > 0:
             raise ValueError("CMMD needs video_channels, audio_channels and attention of one length, a value a level")
+        for name in ("size", "fps", "frames", "latent_channels", "sample_rate", "n_fft", "hop", "mel_bins", "mel_std",
+                     "blocks", "heads", "groups", "shift"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"CMMD {name} is {getattr(self, name)}, it must be above 0")
+        if not 0 <= self.f_min < self.f_max <= self.sample_rate / 2:
+            raise ValueError(f"CMMD f_min {self.f_min} and f_max {self.f_max} must lie within half the sample rate")
         if any(c % self.groups or c % (2 * self.heads) for c in self.video_channels + self.audio_channels):
             raise ValueError(f"CMMD channels must be multiples of groups {self.groups} and twice heads {self.heads}")
         if self.fusion not in ("learned", "mean", "attention", "none"):
             raise ValueError(f"CMMD fusion is {self.fusion!r}, expected 'learned', 'mean', 'attention' or 'none'")
-        if min(self.size, self.fps, self.frames, self.blocks, self.mel_std, self.shift) <= 0:
-            raise ValueError("CMMD size, fps, frames, blocks, mel_std and shift must be above 0")
 
 
 SIZES = {  # "demo" is the config's own, 10 M parameters; "base" has 121 M, for one GPU of 24 GB or more
@@ -1003,8 +1015,10 @@ class Windows:
 
     def __init__(self, T, config, stride, batch):
         per_frame = config.sample_rate / (config.fps * config.hop)  # mel frames a video frame
-        grid = next((n for n in range(1, config.frames) if abs(n * per_frame - round(n * per_frame)) < 1e-6), 1)
-        size = min(T, config.frames)
+        size, whole = min(T, config.frames), lambda n: abs(n * per_frame - round(n * per_frame)) < 1e-6
+        grid = next(filter(whole, range(1, config.frames)), None)
+        if grid is None:  # mel starts are rounded: windows that only touch would leave gaps
+            grid, stride = 1, min(stride, size - 1)
         stride = max(grid, min(stride, size) // grid * grid)
         self.T = size + -(-(T - size) // grid) * grid
         self.L, self.batch, last = whole_mel_frames(self.T, config), batch, self.T - size

@@ -8,14 +8,15 @@
   sources             what train.py's --data may name: folders, and the lists of AIST++ and EPIC-Sounds
   caches              every source decoded once, then read by slice: frames, sounds, encoded clips
 
-Everything goes through the ffmpeg binary that imageio-ffmpeg brings, so whatever ffmpeg reads, we read; it crops and
-scales, so that no whole file is ever held at full size. A clip starts where its picture starts, or, if it has none,
+Media are read, and videos written, by the ffmpeg binary that imageio-ffmpeg brings, so whatever it reads, we read; it
+crops and scales, so that no whole file is ever held at full size. A clip starts where its picture starts, or, if it has none,
 where its sound starts; all times are in seconds from there.
 
 Letters: T video frames, H W height and width, S samples. Frames are uint8 (T, H, W, 3), waves float32 (S,) in [-1, 1].
 """
 
 import csv
+import functools
 import math
 import os
 import random
@@ -36,9 +37,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from cmmd import atomic
+from cmmd import atomic, write_tensors
 
 VIDEO_TYPES = {  # by extension: codec of the picture, codec of the sound, what else the format wants
     ".mp4": ("libx264 -crf 18 -preset fast", "aac -ar 48000 -b:a 128k", "-movflags +faststart"),
@@ -197,7 +197,8 @@ def read_video(path: str | os.PathLike, fps: float = 10, size: int = 64, start: 
 
 def read_audio(path: str | os.PathLike, sample_rate: int = 16000, start: float = 0.0,
                seconds: float | None = None) -> np.ndarray:
-    """The sound of a video or sound file, mixed to one channel -> float32 (S,) in [-1, 1] at sample_rate.
+    """The sound of a video or sound file, mixed to one channel -> float32 (S,), read-only, at sample_rate, in [-1, 1]
+    but for the overshoots of lossy codecs.
 
     It starts where the clip does: silence stands where a picture starts before its sound and in gaps. `start` and
     `seconds` choose a stretch. ValueError, in one line, for a file without sound."""
@@ -210,6 +211,7 @@ def read_audio(path: str | os.PathLike, sample_rate: int = 16000, start: float =
     stretch = [] if seconds is None else ["-t", f"{seconds:.6f}"]
     result = _run(["-copyts", *seek, *_source(path), "-map", "0:a:0", "-af", filters, *stretch,
                    "-f", "f32le", "pipe:1"], check=False)
+    _finished(path, result.returncode)
     wave = np.frombuffer(result.stdout, np.float32)
     errors = result.stderr.count(b"[error]")
     if not len(wave):
@@ -243,6 +245,7 @@ def _decode(path, media, size, start, log):
             time = end if times[0] is None else times[0] / 1e6 - media.start - start
             end = time + times[1] / 1e6
             yield time, times[1] / 1e6, frame
+        _finished(path, process.wait())
     finally:
         process.kill()
         process.wait()
@@ -400,6 +403,13 @@ def _run(arguments, stdin=b"", check=True, name=""):
     return result
 
 
+def _finished(path, code):
+    """ValueError if ffmpeg, by its exit code, crashed or was killed: what it had read until then is no whole clip. A
+    damaged file also gives an error, a small code, but all that can be read of it."""
+    if code < 0 or 0xC0000000 <= code < 0xC0010000:  # a signal; on Windows an exception
+        raise ValueError(f"{path}: ffmpeg was killed or crashed while reading it (exit status {code}); try again")
+
+
 def _reason(text):
     """The first error that ffmpeg tells, without its prefixes."""
     errors = re.findall(r"\[(?:error|fatal)\] (.+)", text)
@@ -431,15 +441,14 @@ class EncodedClip(NamedTuple):
 
 def write_encoded(path, latents, wave, fps, sample_rate):
     """A clip of the cache: latents (T, C, H, W) as fp16, wave float (S,) as int16, cut or padded to T / fps seconds."""
-    tensors, header = _encoded(latents, wave, fps, sample_rate)
-    with atomic(path) as temporary:
-        save_file(tensors, temporary, metadata=header)
+    write_tensors(path, *_encoded(latents, wave, fps, sample_rate))
 
 
 def _encoded(latents, wave, fps, sample_rate):
     samples = math.ceil(len(latents) / fps * sample_rate - 1e-6)  # a window up to the last frame never lacks one
     wave = np.clip(np.pad(wave[:samples], (0, max(0, samples - len(wave)))), -1, 1)
-    tensors = {"latents": latents.half().contiguous().numpy(), "wave": np.round(wave * 32767).astype(np.int16)}
+    wave = torch.from_numpy(np.round(wave * 32767).astype(np.int16))
+    tensors = {"latents": latents.half().contiguous(), "wave": wave}
     return tensors, {"fps": str(fps), "sample_rate": str(sample_rate)}
 
 
@@ -846,7 +855,7 @@ def find_sources(entry, around=0.0):
     `aist:FOLDER:LIST.txt` (AIST++, see `_aist`) or `epic:FOLDER:TABLE.csv` (EPIC-Sounds, see `_epic`).
 
     What is left out is counted and said. ValueError, in one line, if the folder or list is missing or another kind."""
-    kind, *rest = str(entry).split(":")
+    kind, *rest = re.split(r"(?<!:[A-Za-z]):|:(?![\\/])", str(entry))  # but not at the colon of a drive, aist:C:\...
     lists = {"aist": _aist, "epic": _epic}
     if kind not in lists or len(rest) != 2:
         files = _files(entry)
@@ -890,7 +899,7 @@ def _aist(files, table, lines, around):
 def _epic(files, table, lines, around):
     """EPIC-Sounds: a clip for each row, at least `around` seconds long with the event in its middle, or as near to it
     as the video's ends allow. All clips of a video are in the same share."""
-    videos, lengths = {path.stem: path for path in files}, {}
+    videos, lengths = {path.stem: path for path in files if path.suffix.lower() in VIDEO_TYPES}, {}
     rows, found, left_out = csv.DictReader(lines), [], Counter()
     if missing := {"annotation_id", "video_id", "start_timestamp", "stop_timestamp"} - set(rows.fieldnames or ()):
         raise ValueError(f"{table}: has no column {', '.join(sorted(missing))}; give a table of EPIC-Sounds")
@@ -902,7 +911,13 @@ def _epic(files, table, lines, around):
             left_out["of videos that are not there" if path is None else "that end before they start"] += 1
             continue
         if path not in lengths:
-            lengths[path] = probe(path).seconds or math.inf
+            try:
+                lengths[path] = probe(path).seconds or math.inf
+            except ValueError:
+                lengths[path] = 0.0
+        if not lengths[path]:
+            left_out["of videos that cannot be read"] += 1
+            continue
         if stop > lengths[path] + 0.1:
             left_out["beyond the end of their videos"] += 1
             continue
@@ -955,10 +970,14 @@ class FileCache:
         drawn = [(index := self.draw(rng), int(rng.integers(self.lengths[index]))) for _ in range(n)]
         return np.concatenate([self.read(index, frame, frame + 1) for index, frame in drawn])
 
+    @functools.cached_property
+    def ends(self):
+        """Where each source would end if they stood one after the other."""
+        return np.cumsum(self.lengths)
+
     def draw(self, rng):
         """The index of a source, each as likely as it is long."""
-        ends = np.cumsum(self.lengths)
-        return int(np.searchsorted(ends, rng.integers(ends[-1]), side="right"))
+        return int(np.searchsorted(self.ends, rng.integers(self.ends[-1]), side="right"))
 
     def fingerprint(self):
         """Changes with the sources and their order: what a seed draws is a function of both."""
@@ -972,14 +991,14 @@ def share_of(path):
 
 def cache_sounds(entry, cache, sample_rate=16000):
     """Sounds of every source of `entry` -> FileCache of int16 waves (S,), mono; else as `cache_clips`."""
-    whole = lambda wave: (np.clip(wave, -1, 1) * 32767).round().astype(np.int16)
+    whole = lambda wave: torch.from_numpy((np.clip(wave, -1, 1) * 32767).round().astype(np.int16))
     decode = lambda path, *span: ({"data": whole(read_audio(path, sample_rate, *span))}, {})
     return _fill(entry, cache, decode, f"sound {sample_rate}")
 
 
 def cache_frames(entry, cache, size=64, fps=CACHE_FPS):
     """Frames of every source of `entry` -> FileCache of uint8 (T, size, size, 3); else as `cache_clips`."""
-    decode = lambda path, *span: ({"data": np.ascontiguousarray(read_video(path, fps, size, *span))}, {})
+    decode = lambda path, *span: ({"data": torch.from_numpy(read_video(path, fps, size, *span))}, {})
     return _fill(entry, cache, decode, f"frames {size} {fps}")
 
 
@@ -1001,10 +1020,14 @@ def cache_clips(entry, cache, encode, encoder, fps=10, size=64, sample_rate=1600
 
 
 def _fill(entry, cache, decode, kind, shortest=1, around=0.0):
-    """Decode what `cache` lacks of `entry`. A source that cannot be used leaves a file with the reason, no data."""
+    """Decode what `cache` lacks of `entry`. A source that cannot be used is tried again the next time: it may have been
+    the machine's fault."""
     cache = Path(cache).resolve()
     sources = [source for source in find_sources(entry, around) if cache not in source.path.parents]
     cache.mkdir(parents=True, exist_ok=True)
+    for left in cache.glob(".*.safetensors"):  # by a process that was killed, unless another is writing it
+        if time.time() - left.stat().st_mtime > 86400:
+            left.unlink(missing_ok=True)
     found, rows, skipped, said = {}, [], [], time.monotonic()
     for count, source in enumerate(random.sample(sources, len(sources)), 1):  # each process in its own order
         path = cache / f"{_identity(source, kind)}.safetensors"
@@ -1036,11 +1059,10 @@ def _identity(source, kind):
 
 
 def _cached(path):
-    """Of a source in the cache: (why it cannot be used, or None, its length). None if it is not there, or torn."""
+    """(None, the length) of a source in the cache; None if it is not there, or torn."""
     try:
         with safe_open(str(path), framework="np") as file:
-            data = "latents" if "latents" in file.keys() else "data"
-            return (file.metadata() or {}).get("skipped"), file.get_slice(data).get_shape()[0]
+            return None, file.get_slice("latents" if "latents" in file.keys() else "data").get_shape()[0]
     except (FileNotFoundError, SafetensorError):
         return None
 
@@ -1050,7 +1072,6 @@ def _decode_into(path, source, decode):
     try:
         tensors, header = decode(source.path, source.start, source.seconds)
     except ValueError as error:
-        tensors, header = {"data": np.zeros(0, np.uint8)}, {"skipped": str(error)}
-    with atomic(path) as whole:
-        save_file(tensors, str(whole), metadata=header | {"source": str(source.path)})
-    return header.get("skipped"), len(next(iter(tensors.values())))
+        return str(error), 0
+    write_tensors(path, tensors, header | {"source": str(source.path)})
+    return None, len(next(iter(tensors.values())))

@@ -48,7 +48,7 @@ import numpy as np
 import torch
 
 from cmmd import (
-    CMMD, SIZES, CMMDConfig, Parser, atomic, contrastive_loss, fast_autocast, generate, joint_loss, levels,
+    CMMD, CONDITIONS, SIZES, CMMDConfig, Parser, atomic, contrastive_loss, fast_autocast, generate, joint_loss, levels,
     whole_mel_frames)
 from cmmd.data import (
     KIND_HUE, KIND_PITCH, SOUND_TYPES, TEMPI, TRAINING_SEED, VIDEO_TYPES, WORLDS, bounce, check_output, dance,
@@ -474,7 +474,7 @@ class Worlds:
         figures["share of each kind"] = [count[kind] / max(1, count.total()) for kind in range(len(KIND_HUE))]
         values = {"events a clip": [len(events.times) for events in seen]}
         if self.name == "bounce":
-            radii = np.concatenate([balls(video)[1] for video in videos])
+            radii = np.concatenate([balls(video.astype(np.float32) / 255)[1] for video in videos])
             values["ball radius"] = [np.nanmedian(radius) for radius in radii if np.isfinite(radius).any()]
         else:
             values["tempo"] = [60 / np.diff(events.times).mean() for events in seen if len(events.times) > 1]
@@ -656,8 +656,8 @@ def machine(device=None):
 
 def check_out(path):
     """Refuse, before any work, an --out that `write_result` could not write."""
-    if path and Path(path).suffix not in (".json", ".csv"):
-        raise ValueError(f"--out {path}: the name must end in .json or .csv")
+    if path:
+        check_output(path, (".json", ".csv"))
 
 
 def compare(args):
@@ -727,10 +727,11 @@ def pairs(args):
     for seed in range(args.seed_start, args.seed_start + args.n):
         clip, rng = bounce(seed, seconds + 2 * span, config.fps, config.size, rate), np.random.default_rng(seed)
         first = round(span * config.fps)
+        begin = first / config.fps
         frames = to_frames(clip.video[None, first : first + config.frames])
         latents.append(models.vae.encode(frames.to(next(models.vae.parameters()).device)))
         later = rng.choice([-1, 1]) * rng.uniform(0.1, span)
-        for out, start in ((waves, span), (shifted, span + later)):
+        for out, start in ((waves, begin), (shifted, begin + later)):
             start = round(start * rate)
             out.append(torch.from_numpy(clip.audio[start : start + round(seconds * rate)]))
     latents = torch.cat(latents)
@@ -850,7 +851,10 @@ def peak_memory():
     status = Path("/proc/self/status")
     if status.exists():
         return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) / 1024
-    import resource  # not on Windows
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 1024)
 
 
@@ -1117,12 +1121,21 @@ def listen(pairs, args, embed, config):
                                  "give --seconds to compare their beginnings")
         waves = [wave[:min(map(len, waves))].copy() for wave in waves]
         look = lambda path: (motion(path, args.seconds), movement(path, args.seconds))
-        truth = look(pair.reference)
-        seen = [truth if p.suffix.lower() in SOUND_TYPES else look(p) for p in pair.generated]
+        truth, seen = look(pair.reference), [look(p) for p in pair.generated]
+        seen = [(truth[0], moved) if isinstance(moved, str) else (peaks, moved) for peaks, moved in seen]  # only a sound
         *made, true = (hear(wave, config, peaks, embed(path, wave) if embed else ())._replace(movement=moved)
                        for wave, path, (peaks, moved) in zip(waves, paths, [*seen, truth]))
         clips.append((made, true, vocoder and hear(through_vocoder(waves[-1], vocoder), config, truth[0])))
     return clips, left_out
+
+
+def readable(paths, sample_rate, seconds, left_out):
+    """(path, wave) of every file that has a sound; why others have none goes into left_out."""
+    for path in paths:
+        try:
+            yield path, read_audio(path, sample_rate, seconds=seconds).copy()
+        except ValueError as error:
+            left_out.append(str(error))
 
 
 def through_vocoder(wave, vocoder):
@@ -1275,12 +1288,12 @@ def folders(args):
         raise ValueError(f"{args.generated}: {len(clips)} of {len(pairs)} clips have a sound ({left_out[0]})")
     rows = []
     if len(clips) > 1:
-        read = lambda path: read_audio(path, config.sample_rate, seconds=args.seconds).copy()
-        train = [hear(read(path), config).envelope for path in clip_files(args.train).values()] if args.train else None
+        read = lambda paths: readable(paths, config.sample_rate, args.seconds, left_out)
+        train = [hear(wave, config).envelope for _, wave in read(clip_files(args.train).values() if args.train else ())]
         clips = add_typical(clips, train)
         rows = [line for measure in measures() for line in pair_rows(measure, clips)]
     if embed and len(clips) > 1:
-        rows += fad_rows(clips, [embed(path, read(path)) for path in others], result)
+        rows += fad_rows(clips, [embed(path, wave) for path, wave in read(others)], result)
     rows += video_rows(pairs, i3d, args) if i3d else ()
     result |= {"clips": len(pairs), "draws": len(pairs[0].generated), "seconds": args.seconds, "machine": machine(),
                "left_out": [*left_out, *(f"{path}: not in {args.reference}" for path in unmatched)], "rows": rows}
@@ -1598,8 +1611,7 @@ def vocoder_table(rows, args):
     """One line per folder and way."""
     lines = ["| sounds | n | made by | mel L1 [95 %] | STFT distance [95 %] | Fréchet distance |", "|---" * 6 + "|"]
     for row in rows:
-        cells = [f"{row[key]:.3f} [{row[f'{key}_interval'][0]:.3f}, {row[f'{key}_interval'][1]:.3f}]"
-                 for key in ("mel_l1", "stft")]
+        cells = [span(row[key], row[f"{key}_interval"]) for key in ("mel_l1", "stft")]
         lines.append(f"| {row['data']} | {row['n']} | {row['sound']} | {' | '.join(cells)} | {row['frechet']:.2f} |")
     return "\n".join(lines + ["", f"Up to {args.seconds:g} s of every sound; Fréchet distance on embeddings of "
                                   f"{args.embedding or 'nothing (--embedding)'}; {machine('cpu')}."])
@@ -1795,6 +1807,8 @@ def bench_row(what, args):
         memory = (torch.cuda.max_memory_allocated() - before) / 2 ** 20
     with FlopCounterMode(display=False) as counter:
         call()
+    if cuda:
+        torch.cuda.synchronize()
     seconds = []
     for _ in range(args.repeats):
         start = time.perf_counter()
@@ -1913,8 +1927,7 @@ def arguments():
         command.add_argument("--seed-start", type=int, default=TEST_SEED,
                              help="seed of the first clip (default: %(default)s)")
         command.add_argument("--seconds", type=float, default=1.8, help="length of a clip (default: %(default)s)")
-    ways = ["clean", "replace", "guide"]
-    one.add_argument("--condition", nargs="*", default=ways, choices=ways, help="(default: all three)")
+    one.add_argument("--condition", nargs="*", default=CONDITIONS, choices=CONDITIONS, help="(default: all three)")
     one.add_argument("--guidance", type=float)
     one.add_argument("--stochasticity", type=float)
     one.add_argument("--sampler", choices=["ddim", "dpm"])

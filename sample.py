@@ -14,11 +14,9 @@ import base64
 import glob
 import math
 import os
-import struct
 import sys
 import tempfile
 import warnings
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -346,6 +344,8 @@ def _array_wave(audio, sample_rate, wanted):
     if audio.ndim not in (1, 2) or not audio.size or not known or audio.ndim == 2 and audio.shape[1] > 64:
         raise ValueError(f"audio: expected (S,) or (S, channels), float or int16, got {audio.dtype} {audio.shape}")
     wave = audio / 32768 if audio.dtype == np.int16 else audio
+    if not np.abs(wave).max() <= 2:  # resampling and lossy codecs overshoot a little; NaN is caught too
+        raise ValueError(f"audio: float waves must lie in [-1, 1], got {wave.min():.3g} to {wave.max():.3g}")
     wave = np.ascontiguousarray(wave.mean(1) if wave.ndim == 2 else wave, dtype=np.float32)
     if sample_rate == wanted:
         return wave
@@ -414,13 +414,10 @@ def _axis(seconds, width, height=24, dot=2):
 
 def write_png(path, image):
     """Write an image uint8 (H, W, 3) as a PNG, whole or not at all."""
-    H, W, _ = image.shape
-    rows = np.concatenate([np.zeros((H, 1), np.uint8), image.reshape(H, 3 * W)], 1).tobytes()  # 0: no filter
-    header = struct.pack(">IIBBBBB", W, H, 8, 2, 0, 0, 0)  # 8 bits of red, green, blue; no interlace
-    with atomic(path) as whole, open(whole, "wb") as file:
-        file.write(b"\x89PNG\r\n\x1a\n")
-        for name, body in ((b"IHDR", header), (b"IDAT", zlib.compress(rows, 9)), (b"IEND", b"")):
-            file.write(struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)))
+    from imageio import v3 as imageio
+
+    with atomic(path) as whole:
+        imageio.imwrite(whole, image, extension=".png")
 
 
 # ---- The command line
@@ -484,15 +481,22 @@ def _jobs(args):
             raise ValueError(f"{args.output}: {len(given)} files need a folder to write to, this is a file's name")
         Path(args.output).mkdir(exist_ok=True)
     outputs = [_output(one, args.output) for one in given]
-    for one, output in zip(given, outputs):
+    read = [Path(one) for one in [*args.video, *(args.audio or ())] if Path(one).exists()]
+    for output in outputs:
         data.check_output(output, TYPES)
-        if one and output.exists() and Path(one).exists() and output.samefile(one):
-            raise ValueError(f"{output}: is the input itself; choose another file to write")
+        for path in _draws(output, args.draws):
+            if path.exists() and any(path.samefile(one) for one in read):
+                raise ValueError(f"{path}: is the input itself; choose another file to write")
         if outputs.count(output) > 1:
             raise ValueError(f"{output}: would be the output of several inputs; give them different names")
     if not args.video:
         return [(None, one, output) for one, output in zip(given, outputs)]
     return [(one, args.audio and args.audio[0], output) for one, output in zip(given, outputs)]
+
+
+def _draws(output, draws):
+    """The files that are written for one output: itself, or OUT.0.mp4, OUT.1.mp4 ... of so many draws."""
+    return [output.with_suffix(f".{k}{output.suffix}") for k in range(draws)] if draws else [output]
 
 
 def _matching(name):
@@ -521,8 +525,7 @@ def _make(parser, args):
     settings |= {"models": load_models(args.weights, device), "progress": _progress if sys.stderr.isatty() else None}
 
     def one(video, audio, output):
-        for k in range(args.draws or 1):
-            path = output.with_suffix(f".{k}{output.suffix}") if args.draws else output
+        for k, path in enumerate(_draws(output, args.draws)):
             if args.skip_existing and path.exists():
                 print(f"{path}: is already there", flush=True)
                 continue

@@ -210,8 +210,6 @@ def run(state, batches, update, evaluate, args, finish=lambda ema: ema):
                 report(figures, {"step": state.step} | found, board)
         if state.step % args.save_every == 0 and calm or last:
             state.save(checkpoint)
-    if board:
-        board.close()
     return finish(state.ema)
 
 
@@ -283,6 +281,8 @@ def report(path, row, board=None):
         writer.writerow(row)
     for name, value in row.items() if board else ():
         board.add_scalar(name, value, row["step"])
+    if board:
+        board.flush()  # a run may be stopped at any time
 
 
 def forget(path, step):
@@ -483,7 +483,7 @@ class PairBatches:
 
     def __post_init__(self):
         self.vae = None  # loaded by the process that draws the batches
-        self.apart = len(self.sources) if self.batch > len(self.sources) else 1  # to the next clip of the same source
+        self.other = [another(i, self.batch, len(self.sources)) for i in range(self.batch)]
 
     def __getitem__(self, step):
         c, rng = self.config, np.random.default_rng([self.seed, step])
@@ -493,12 +493,13 @@ class PairBatches:
             moves = [0.0, 0.0]
             if i < self.negatives and clip.T > c.frames:
                 moves += [self.move(rng, k, clip) for _ in range(2)]
-            pictures = [clip.picture(k + round(move * clip.fps), c.frames) for move in moves[::2]]
+            whole = lambda move: int(math.copysign(max(1, round(abs(move) * clip.fps)), move)) if move else 0
+            pictures = [clip.picture(k + whole(move), c.frames) for move in moves[::2]]
             windows.append((pictures, [clip.sound(k / clip.fps + move, seconds) for move in moves[1::2]]))
         out = []
         for which in range(2 if self.negatives else 1):  # as they are, shifted
             rows = windows[: self.negatives] if which else windows
-            rows = [[x[which] if which < len(x) else windows[i - self.apart][side][0] for side, x in enumerate(row)]
+            rows = [[x[which] if which < len(x) else windows[self.other[i]][side][0] for side, x in enumerate(row)]
                     for i, row in enumerate(rows)]
             pictures, waves = map(torch.stack, zip(*rows))
             out += [pictures, normalised_mel(waves, c)]
@@ -529,6 +530,13 @@ class PairBatches:
             for (i, _), clip in zip(fresh, encode_clips(clips, self.vae)):
                 out[i] = clip
         return out
+
+
+def another(i, batch, sources):
+    """Whose window is the wrong one for sample i of a batch in which so many sources take turns: the sample before it
+    of the same source, if there is one."""
+    last = batch - 1 - (batch - 1 - i) % sources  # of that source
+    return i - sources if i >= sources else last if last != i else i - 1
 
 
 def normalised_mel(waves, config):
@@ -573,7 +581,7 @@ def train_cmmd(args):
         times, n = negatives_first(times, len(shifted[0]), args)
         times, shifted = [t.to(pair[0].device) for t in times], [x[:n] for x in shifted]
         noise = [torch.randn_like(x) for x in pair]
-        wrong = [draw_negatives(x[: len(y)], y, x.roll(batches.apart, 0)[: len(y)], dim, args.kinds)
+        wrong = [draw_negatives(x[: len(y)], y, x[batches.other[: len(y)]], dim, args.kinds)
                  for x, y, dim in zip(pair, shifted, (1, 2)) if len(y)] or shifted
         pieces, parts = args.world * args.accumulate, []
 

@@ -43,7 +43,7 @@ class VAEConfig:
         for name in ("channels", "scale", "shift"):  # JSON has lists only
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
-        if not self.channels or any(c % self.groups for c in self.channels):
+        if self.groups < 1 or not self.channels or any(c % self.groups for c in self.channels):
             raise ValueError(f"VAE channels {self.channels} must each be a multiple of groups = {self.groups}")
         if self.blocks < 1 or self.latent_channels < 1 or torch.as_tensor(self.scale).min() <= 0:
             raise ValueError("VAE blocks and latent_channels must be at least 1, scale above 0")
