@@ -3354,7 +3354,7 @@ def test_evaluate_command_refuses(capsys, tmp_path):
     for arguments, part in ((["worlds", "--n", "10", "--seed-start", "999999999"], "trained on"),
                             (["worlds", "--n", "1"], "at least 2"),
                             (["worlds", "--world", "dance"], "3.6 s or more"),
-                            (["worlds", "--out", str(tmp_path / "table.txt")], ".json or .csv")):
+                            (["worlds", "--out", str(tmp_path / "table.txt")], "use .json .csv")):
         assert evaluate.main(arguments) == 2
         error = capsys.readouterr().err
         assert part in error and error.count("\n") == 1
