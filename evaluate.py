@@ -1122,7 +1122,7 @@ def listen(pairs, args, embed, config):
         waves = [wave[:min(map(len, waves))].copy() for wave in waves]
         look = lambda path: (motion(path, args.seconds), movement(path, args.seconds))
         truth, seen = look(pair.reference), [look(p) for p in pair.generated]
-        seen = [(truth[0], moved) if isinstance(moved, str) else (peaks, moved) for peaks, moved in seen]  # only a sound
+        seen = [(truth[0] if isinstance(moved, str) else peaks, moved) for peaks, moved in seen]  # of sounds: the truth's
         *made, true = (hear(wave, config, peaks, embed(path, wave) if embed else ())._replace(movement=moved)
                        for wave, path, (peaks, moved) in zip(waves, paths, [*seen, truth]))
         clips.append((made, true, vocoder and hear(through_vocoder(waves[-1], vocoder), config, truth[0])))
@@ -1289,7 +1289,8 @@ def folders(args):
     rows = []
     if len(clips) > 1:
         read = lambda paths: readable(paths, config.sample_rate, args.seconds, left_out)
-        train = [hear(wave, config).envelope for _, wave in read(clip_files(args.train).values() if args.train else ())]
+        train = clip_files(args.train).values() if args.train else ()
+        train = [hear(wave, config).envelope for _, wave in read(train)]
         clips = add_typical(clips, train)
         rows = [line for measure in measures() for line in pair_rows(measure, clips)]
     if embed and len(clips) > 1:
@@ -1330,8 +1331,9 @@ def score_table(rows):
 # ---------------------------------------------------------------- figures
 
 def figure(args):
-    """The command `figure`: the paper's Fig. 2 of a clip, Fig. 4 of results of `folders`, or how Eq. 6 trained."""
-    draw({"2": draw_events, "4": draw_fad, "eq6": draw_training}[args.number], args.files, args.picture)
+    """The command `figure`: the paper's Fig. 2 of a clip, Fig. 4 of results of `folders`, how Eq. 6 trained, or frames
+    of clips below each other."""
+    draw(FIGURES[args.number], args.files, args.picture)
 
 
 def draw(function, content, path):
@@ -1394,6 +1396,19 @@ def draw_training(drawing, files):
         axis.plot(steps, curve("wrong_video"), "b", label="wrong picture")
         axis.set(yscale="log", xlabel="step", ylabel="loss of Eq. 2", title=Path(path).parent.name)
         axis.legend()
+
+
+def draw_frames(drawing, files, count=9):
+    """A row of `count` frames of each file, at the middles of equal parts of it."""
+    for axis, path in zip(drawing.subplots(len(files), squeeze=False)[:, 0], files):
+        video = read_video(path, fps=FPS, size=128)
+        shown = ((np.arange(count) + 0.5) * len(video) / count).astype(int)
+        axis.imshow(np.concatenate(video[shown], axis=1))
+        axis.set(xticks=[], yticks=[])
+        axis.set_ylabel(Path(path).parent.name, rotation=0, ha="right", va="center")
+
+
+FIGURES = {"2": draw_events, "4": draw_fad, "eq6": draw_training, "frames": draw_frames}
 
 
 # ---------------------------------------------------------------- the user study
@@ -1942,10 +1957,11 @@ def arguments():
         command.add_argument("--device")
         command.add_argument("--out", help="also write everything to this .json, or the rows to this .csv")
     folders_arguments(commands.add_parser("folders", help="clips against the true ones; the word may be left out"))
-    four = commands.add_parser("figure", help="the paper's Fig. 2 (of clips), Fig. 4 (of folders), Eq. 6 in training")
-    four.add_argument("number", choices=["2", "4", "eq6"])
+    four = commands.add_parser("figure", help="Fig. 2 and frames (of clips), 4 (of folders), Eq. 6 (in training)")
+    four.add_argument("number", choices=FIGURES)
     four.add_argument("picture", help=".png, .pdf or .svg to write")
-    four.add_argument("files", nargs="+", help="2: TRUE GENERATED ...; 4: .json files; eq6: cmmd-log.csv files")
+    four.add_argument("files", nargs="+", help="2: TRUE GENERATED ...; 4: .json files; eq6: cmmd-log.csv files; "
+                      "frames: clips")
     steps = commands.add_parser("study", help="a rating page for listeners, and what they said").add_subparsers(
         dest="step", required=True)
     make = steps.add_parser("make", help="write the page, and PAGE.key.csv that tells which clip is whose")
