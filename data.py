@@ -9,8 +9,8 @@
   caches              every source decoded once, then read by slice: frames, sounds, encoded clips
 
 Media are read, and videos written, by the ffmpeg binary that imageio-ffmpeg brings, so whatever it reads, we read; it
-crops and scales, so that no whole file is ever held at full size. A clip starts where its picture starts, or, if it has none,
-where its sound starts; all times are in seconds from there.
+crops and scales, so that no whole file is ever held at full size. A clip starts where its picture starts, or, if it has
+none, where its sound starts; all times are in seconds from there.
 
 Letters: T video frames, H W height and width, S samples. Frames are uint8 (T, H, W, 3), waves float32 (S,) in [-1, 1].
 """

@@ -1122,7 +1122,7 @@ def listen(pairs, args, embed, config):
         waves = [wave[:min(map(len, waves))].copy() for wave in waves]
         look = lambda path: (motion(path, args.seconds), movement(path, args.seconds))
         truth, seen = look(pair.reference), [look(p) for p in pair.generated]
-        seen = [(truth[0] if isinstance(moved, str) else peaks, moved) for peaks, moved in seen]  # of sounds: the truth's
+        seen = [(truth[0] if isinstance(moved, str) else peaks, moved) for peaks, moved in seen]  # a sound: truth's
         *made, true = (hear(wave, config, peaks, embed(path, wave) if embed else ())._replace(movement=moved)
                        for wave, path, (peaks, moved) in zip(waves, paths, [*seen, truth]))
         clips.append((made, true, vocoder and hear(through_vocoder(waves[-1], vocoder), config, truth[0])))

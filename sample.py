@@ -481,11 +481,12 @@ def _jobs(args):
             raise ValueError(f"{args.output}: {len(given)} files need a folder to write to, this is a file's name")
         Path(args.output).mkdir(exist_ok=True)
     outputs = [_output(one, args.output) for one in given]
-    read = [Path(one) for one in [*args.video, *(args.audio or ())] if Path(one).exists()]
+    inputs = [Path(one) for one in (*given, *(args.audio or ())) if one]
+    read = {path.stat()[1:3] for path in inputs if path.exists()}  # inode and device tell a file, by whatever name
     for output in outputs:
         data.check_output(output, TYPES)
         for path in _draws(output, args.draws):
-            if path.exists() and any(path.samefile(one) for one in read):
+            if path.exists() and path.stat()[1:3] in read:
                 raise ValueError(f"{path}: is the input itself; choose another file to write")
         if outputs.count(output) > 1:
             raise ValueError(f"{output}: would be the output of several inputs; give them different names")

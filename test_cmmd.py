@@ -2292,6 +2292,7 @@ def test_sample_png_is_exact_and_shows_when_it_sounds(tmp_path):
     (["in.mp4", "-o", "o.xyz"], "; use .mp4"),
     (["in.mp4", "-o", "none/o.mp4"], "does not exist"), (["in.mp4", "-o", "in.mp4"], "input itself"),
     (["in.0.mp4", "-o", "in.mp4", "--draws", "2"], "in.0.mp4: is the input itself"),
+    (["in.?.mp4", "-o", "in.mp4", "--draws", "2"], "in.0.mp4: is the input itself"),
     (["in.mp4", "-o", "o.mp4", "--steps", "0"], "at least 1"), (["in.mp4", "-o", "o.mp4", "--steps", "x"], "--steps"),
     (["in.mp4", "-o", "o.mp4", "--seconds", "-1"], "above 0"),
     (["in.mp4", "-o", "o.mp4", "--weights", "no"], "weights"),

@@ -493,8 +493,7 @@ class PairBatches:
             moves = [0.0, 0.0]
             if i < self.negatives and clip.T > c.frames:
                 moves += [self.move(rng, k, clip) for _ in range(2)]
-            whole = lambda move: int(math.copysign(max(1, round(abs(move) * clip.fps)), move)) if move else 0
-            pictures = [clip.picture(k + whole(move), c.frames) for move in moves[::2]]
+            pictures = [clip.picture(k + whole_frames(move, clip.fps), c.frames) for move in moves[::2]]
             windows.append((pictures, [clip.sound(k / clip.fps + move, seconds) for move in moves[1::2]]))
         out = []
         for which in range(2 if self.negatives else 1):  # as they are, shifted
@@ -530,6 +529,11 @@ class PairBatches:
             for (i, _), clip in zip(fresh, encode_clips(clips, self.vae)):
                 out[i] = clip
         return out
+
+
+def whole_frames(move, fps):
+    """A move in seconds as frames: none if it is 0, else at least one, so that what is shifted differs."""
+    return int(math.copysign(max(1, round(abs(move) * fps)), move)) if move else 0
 
 
 def another(i, batch, sources):
