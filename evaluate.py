@@ -383,9 +383,9 @@ class Worlds:
 
     make: "sound" (for their pictures), "picture" (for their sounds) or "both" (from nothing but as many seeds)."""
 
-    def __init__(self, models, name, make, seeds, seconds, batch, folder):
+    def __init__(self, models, name, make, seeds, seconds, batch, folder, embed=None):
         self.models, self.name, self.make = models, name, make
-        self.seeds, self.batch, self.folder = seeds, batch, folder
+        self.seeds, self.batch, self.folder, self.embed = seeds, batch, folder, embed
         self.device = next(models.cmmd.parameters()).device
         c = models.cmmd.config
         self.fps, self.config = c.fps, models.vocoder.config
@@ -437,6 +437,10 @@ class Worlds:
             return [rhythm(wave.numpy(), self.config.sample_rate)[0] for wave in waves]
         return [onsets(mel, self.hop_seconds) for mel in log_mel(waves, self.config).numpy()]
 
+    def embeddings(self, waves):
+        """Waves (N, S) -> what `embed` makes of them, one after the other (n, D)."""
+        return np.concatenate([self.embed(None, wave.numpy()) for wave in waves])
+
     def row(self, name, videos, waves):
         """Scores of N videos or waves (N, S) against the true events, or of the two against each other: a dict."""
         if self.make == "picture":
@@ -445,6 +449,8 @@ class Worlds:
         clips = [picture_events(video, self.fps, self.name) for video in videos] if both else self.clips
         found = self.heard(waves)
         row = {"sound": name} | event_row(found, [clip.times for clip in clips])
+        if self.embed:
+            row["frechet"] = frechet(*(gaussian(self.embeddings(x)) for x in (waves, self.true)))
         if self.name == "bounce":
             mels = log_mel(waves, self.config).numpy()
             counts = pitch_counts(mels, found, clips, self.hop_seconds, self.templates)
@@ -500,16 +506,17 @@ def worlds(args):
         if args.seconds < BEAT_SECONDS:
             raise ValueError(f"--seconds {args.seconds:g}: beats in sounds are tracked in {BEAT_SECONDS} s or more")
         extra("librosa")
+    embed = embedder(args.embedding) if args.embedding else None
     from cmmd.sample import load_models
     models = load_models(args.weights, args.device)
     settings = {key: getattr(args, key) for key in ("steps", "guidance", "stochasticity", "sampler")
                 if getattr(args, key) is not None}
     result = {key: getattr(args, key) for key in ("world", "make", "n", "seconds", "weights")}
     result |= {"seeds": [args.seed_start, args.seed_start + args.n - 1], "settings": settings,
-               "machine": machine(args.device)}
+               "embedding": args.embedding, "machine": machine(args.device)}
     with tempfile.TemporaryDirectory() as folder:
         seeds = range(args.seed_start, args.seed_start + args.n)
-        world = Worlds(models, args.world, args.make, seeds, args.seconds, args.batch, folder)
+        world = Worlds(models, args.world, args.make, seeds, args.seconds, args.batch, folder, embed)
         rows = [*world.ceilings()]
         for condition in ["joint"] if args.make == "both" else args.condition:
             start, way = time.perf_counter(), {} if args.make == "both" else {"condition": condition}
@@ -633,6 +640,9 @@ def worlds_table(result):
              f"VAE PSNR {result['vae_psnr']:.2f} dB (8 x bicubic {result['bicubic_psnr']:.2f} dB). "
              f"Vocoder mel L1 {vocoder['mel_l1']:.3f} (Griffin-Lim {slow['mel_l1']:.3f}), "
              f"STFT distance {vocoder['stft']:.3f} ({slow['stft']:.3f})."]
+    if "frechet" in result["rows"][0]:
+        lines.append(f"Fréchet distances to the true sounds, on {result['embedding']}: " + ", ".join(
+            f"{row_name(row)} {row['frechet']:.2f}" for row in result["rows"][1:]) + ".")
     for row in result["of_ceiling"]:
         at = [f"{span(row[f'share_{ms}'], row[f'interval_{ms}'])} at ±{ms} ms" for ms in (50, 100)]
         lines.append(f"{row['name']}: F1 ÷ chain ceiling {', '.join(at)}.")
@@ -944,12 +954,15 @@ def video_rows(pairs, i3d, args):
                       ceiling=halves, n=len(made) * len(pairs), note=note)
 
 
-def embedder(name):
-    """--embedding -> function (path, wave (S,) at 16 kHz) -> (n, D): fadtk's .npy files, or anybody's function."""
+def embedder(name, files=False):
+    """--embedding -> function (path, wave (S,) at 16 kHz) -> (n, D): anybody's function or, of `files`, fadtk's .npy
+    beside them."""
     module, colon, function = name.rpartition(":")
+    give = "MODULE:FUNCTION or FILE.py:FUNCTION"
+    if not colon and not files:
+        raise ValueError(f"--embedding {name}: these sounds are in no files that have embeddings; give {give}")
     if not colon:
         return lambda path, wave: np.load(path.parent / "embeddings" / name / f"{path.stem}.npy", allow_pickle=False)
-    give = "MODULE:FUNCTION or FILE.py:FUNCTION"
     try:
         home = python_file(module, give) if module.endswith(".py") else importlib.import_module(module)
         call = getattr(home, function)
@@ -1279,7 +1292,7 @@ def folders(args):
     """The command `folders`: one table over two folders of clips, the paper's values beside."""
     for path in args.out:
         check_out(path)
-    embed = embedder(args.embedding) if args.embedding else None
+    embed = embedder(args.embedding, files=True) if args.embedding else None
     i3d = load_i3d(args.i3d, args.device) if args.i3d else None
     config, result = VocoderConfig(), {"generated": args.generated, "reference": args.reference}
     pairs, unmatched, others = match_folders(args.generated, args.reference)
@@ -1947,6 +1960,7 @@ def arguments():
     one.add_argument("--stochasticity", type=float)
     one.add_argument("--sampler", choices=["ddim", "dpm"])
     one.add_argument("--batch", type=int, default=16)
+    one.add_argument("--embedding", help="for the Fréchet distance of sounds: MODULE:FUNCTION or FILE.py:FUNCTION")
     two = commands.add_parser("speed", help="seconds by stage and peak memory of sampling sound for a video file")
     two.add_argument("--seconds", type=float, nargs="+", default=[10, 100, 600], help="lengths (default: %(default)s)")
     two.add_argument("--child", help=argparse.SUPPRESS)  # the file to time, in the fresh process

@@ -3355,6 +3355,7 @@ def test_evaluate_command_refuses(capsys, tmp_path):
     for arguments, part in ((["worlds", "--n", "10", "--seed-start", "999999999"], "trained on"),
                             (["worlds", "--n", "1"], "at least 2"),
                             (["worlds", "--world", "dance"], "3.6 s or more"),
+                            (["worlds", "--embedding", "clap-2023"], "in no files that have embeddings"),
                             (["worlds", "--out", str(tmp_path / "table.txt")], "use .json .csv")):
         assert evaluate.main(arguments) == 2
         error = capsys.readouterr().err
@@ -4260,7 +4261,8 @@ def test_weights_worlds_score_the_truth_as_the_chain_ceiling(trained, tmp_path, 
     monkeypatch.setattr(evaluate, "generate", generate)
     monkeypatch.setattr("cmmd.sample.load_models", lambda *_: trained)
     words = ["worlds", "--world", world, "--make", make, "--seconds", str(seconds), "--n", "4", "--batch", "3",
-             "--condition", "clean", "--out", str(tmp_path / "a.json")]
+             "--condition", "clean", "--out", str(tmp_path / "a.json"), "--embedding", f"{tmp_path / 'levels.py'}:embed"]
+    (tmp_path / "levels.py").write_text("def embed(wave):\n    return wave[:16000].reshape(10, -1)[:, :4]\n")
     assert evaluate.main(words) == 0
     said, result = capsys.readouterr().out, json.loads((tmp_path / "a.json").read_text())
     assert given == [(make == "sound", make == "picture", round(seconds * 10))] * 2
@@ -4268,6 +4270,8 @@ def test_weights_worlds_score_the_truth_as_the_chain_ceiling(trained, tmp_path, 
     assert (made["counts_50"], made["f1_100"]) == (chain["counts_50"], chain["f1_100"])
     assert result["of_ceiling"][0]["share_50"] == 1 and "F1 ÷ chain ceiling 1.000 [1.000, 1.000]" in said
     assert raw["f1_100"] > (0.6 if world == "dance" else 0.8)
+    if make != "picture":
+        assert raw["frechet"] < 1e-9 < made["frechet"] == chain["frechet"] and "Fréchet distances to the true" in said
     if make == "both":
         assert result["variety"]["made"] == result["variety"]["world"] and "events a clip" in said
     if (world, make) == ("dance", "sound"):
