@@ -1877,7 +1877,8 @@ def model_call(what, size, args):
     draw = lambda n: [torch.randn(n, *shape, device=args.device) for shape in shapes]
     pair, noise, times = draw(clips), draw(clips), [torch.full((clips,), 0.5, device=args.device) for _ in range(2)]
     wrong = draw(round(clips * float(what.split()[1]) / 100) if " " in what else 0)
-    average, optimizer = [w.clone() for w in model.parameters()], torch.optim.AdamW(model.parameters(), lr=1e-9)
+    average = [w.clone() for w in model.parameters()]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-9, fused=True)
 
     def one_pass():
         with torch.no_grad(), fast_autocast(args.device):

@@ -66,7 +66,7 @@ class State:
         self.networks, self.main, self.step = networks, main, 0
         self.ema = copy.deepcopy(networks[main]).eval().requires_grad_(False)
         self.optimizers = {
-            name: torch.optim.AdamW(net.parameters(), lr=0.0, betas=betas, weight_decay=weight_decay)
+            name: torch.optim.AdamW(net.parameters(), lr=0.0, betas=betas, weight_decay=weight_decay, fused=True)
             for name, net in networks.items()
         }
         sizes = {f"config {key}": value for key, value in asdict(networks[main].config).items()}
@@ -145,9 +145,11 @@ class State:
         self.ema.load_state_dict(strip("ema/"))
         for name, net in self.networks.items():
             net.load_state_dict(strip(f"{name}/"))
-            moments = {}
+            moments, weights = {}, list(net.parameters())
             for key, w in strip(f"adam/{name}/").items():
                 index, _, field = key.partition("/")
+                if w.dim():  # laid out in memory as its weight, which the fused optimiser takes for granted
+                    w = torch.empty_like(weights[int(index)]).copy_(w)
                 moments.setdefault(int(index), {})[field] = w
             groups = self.optimizers[name].state_dict()["param_groups"]
             self.optimizers[name].load_state_dict({"state": moments, "param_groups": groups})
