@@ -192,6 +192,14 @@ def number(low=-1e9, high=1e9, kind=float):
     return read
 
 
+def json_object(text):
+    """A `type` for Parser.add_argument: a JSON object -> a dict."""
+    content = json.loads(text)
+    if not isinstance(content, dict):
+        raise ValueError
+    return content
+
+
 SEED = number(0, 2**63 - 1, int)  # what a torch.Generator takes
 
 

@@ -41,15 +41,15 @@ import tempfile
 import time
 import warnings
 from collections import Counter, namedtuple
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from cmmd import (
-    CMMD, CONDITIONS, SIZES, CMMDConfig, Parser, atomic, contrastive_loss, fast_autocast, generate, joint_loss, levels,
-    whole_mel_frames)
+    CMMD, CONDITIONS, SIZES, CMMDConfig, Parser, atomic, contrastive_loss, fast_autocast, generate, joint_loss,
+    json_object, levels, whole_mel_frames)
 from cmmd.data import (
     KIND_HUE, KIND_PITCH, SOUND_TYPES, TEMPI, TRAINING_SEED, VIDEO_TYPES, WORLDS, bounce, check_output, dance,
     find_sources, probe, read_audio, read_video, share_of, write_clip)
@@ -1344,8 +1344,8 @@ def score_table(rows):
 # ---------------------------------------------------------------- figures
 
 def figure(args):
-    """The command `figure`: the paper's Fig. 2 of a clip, Fig. 4 of results of `folders`, how Eq. 6 trained, or frames
-    of clips below each other."""
+    """The command `figure`: the paper's Fig. 2 of a clip, Fig. 4 of results of `folders`, how Eq. 6 trained, frames of
+    clips below each other, or results of `worlds` by steps."""
     draw(FIGURES[args.number], args.files, args.picture)
 
 
@@ -1411,6 +1411,25 @@ def draw_training(drawing, files):
         axis.legend()
 
 
+def draw_steps(drawing, files):
+    """F1 ±50 ms of results of `worlds` by their steps, a line for each way of sampling; the chain ceiling above."""
+    axis, lines = drawing.subplots(), {}
+    for path in files:
+        result = json.loads(Path(path).read_text())
+        if "settings" not in result or "counts_50" not in result["rows"][0]:
+            raise ValueError(f"{path}: no result of worlds; make it with: worlds ... --steps N --out {path}")
+        for row in result["rows"][2:]:
+            name = f"{row_name(row)}, {'DPM-Solver++' if result['settings'].get('sampler') == 'dpm' else 'DDIM'}"
+            lines.setdefault(name, []).append((result["settings"]["steps"], row["f1_50"], *row["interval_50"]))
+    for name, points in lines.items():
+        steps, f1, low, high = np.array(sorted(points)).T
+        axis.errorbar(steps, f1, (f1 - low, high - f1), marker="o", capsize=3, label=name)
+    axis.axhline(result["rows"][1]["f1_50"], color="grey", ls="--", label="ceiling")
+    axis.set(xscale="log", xlabel="steps", ylabel="F1 ±50 ms", xticks=steps, xticklabels=[f"{n:g}" for n in steps])
+    axis.minorticks_off()
+    axis.legend()
+
+
 def draw_frames(drawing, files, count=9):
     """A row of `count` frames of each file, at the middles of equal parts of it."""
     for axis, path in zip(drawing.subplots(len(files), squeeze=False)[:, 0], files):
@@ -1421,7 +1440,7 @@ def draw_frames(drawing, files, count=9):
         axis.set_ylabel(Path(path).parent.name, rotation=0, ha="right", va="center")
 
 
-FIGURES = {"2": draw_events, "4": draw_fad, "eq6": draw_training, "frames": draw_frames}
+FIGURES = {"2": draw_events, "4": draw_fad, "eq6": draw_training, "frames": draw_frames, "steps": draw_steps}
 
 
 # ---------------------------------------------------------------- the user study
@@ -1806,15 +1825,20 @@ def bench(args):
     if args.child:
         return print(json.dumps(bench_row(args.child, args)))
     check_out(args.out)
+    try:
+        [replace(CMMDConfig(**SIZES[size]), **args.config) for size in args.sizes]
+    except TypeError as error:
+        raise ValueError(f"--config {json.dumps(args.config)}: {error}") from None
     if "mm-diffusion" in args.only and not args.mm_diffusion:
         print("mm-diffusion is left out: it needs --mm-diffusion, a clone of researchmm/MM-Diffusion", file=sys.stderr)
     rows = []
     for size, what in itertools.product(args.sizes, (what for what in BENCH if what in args.only)):
         if what == "mm-diffusion" and (not args.mm_diffusion or size != args.sizes[0]):
             continue
-        clone = ["--mm-diffusion", args.mm_diffusion] if args.mm_diffusion else []
+        more = ["--mm-diffusion", args.mm_diffusion] if args.mm_diffusion else []
+        more += ["--config", json.dumps(args.config)] if args.config else []
         rows.append(in_process("bench", "--child", what, "--sizes", size, "--batch", args.batch, "--repeats",
-                               args.repeats, "--threads", args.threads, "--device", args.device, *clone))
+                               args.repeats, "--threads", args.threads, "--device", args.device, *more))
     result = {"rows": rows, "batch": args.batch, "repeats": args.repeats, "machine": machine(args.device),
               "device": args.device}
     print(bench_table(result))
@@ -1871,7 +1895,7 @@ def mm_diffusion_pass(args):
 def model_call(what, size, args):
     """A pass over one clip of 1.8 s, or forward and backward, or a whole step of training over --batch of them ->
     function, parameters, clips. Random weights and data."""
-    config = CMMDConfig(latent_channels=8, **SIZES[size])
+    config = replace(CMMDConfig(latent_channels=8, **SIZES[size]), **args.config)
     model, clips = CMMD(config).to(args.device), 1 if what == "pass" else args.batch
     shapes = (config.frames, config.latent_channels, 8, 8), (config.mel_bins, whole_mel_frames(config.frames, config))
     draw = lambda n: [torch.randn(n, *shape, device=args.device) for shape in shapes]
@@ -1972,11 +1996,12 @@ def arguments():
         command.add_argument("--device")
         command.add_argument("--out", help="also write everything to this .json, or the rows to this .csv")
     folders_arguments(commands.add_parser("folders", help="clips against the true ones; the word may be left out"))
-    four = commands.add_parser("figure", help="Fig. 2 and frames (of clips), 4 (of folders), Eq. 6 (in training)")
+    four = commands.add_parser("figure", help="Fig. 2 and frames (of clips), 4 (of folders), Eq. 6 (in training), "
+                                  "steps (of worlds)")
     four.add_argument("number", choices=FIGURES)
     four.add_argument("picture", help=".png, .pdf or .svg to write")
-    four.add_argument("files", nargs="+", help="2: TRUE GENERATED ...; 4: .json files; eq6: cmmd-log.csv files; "
-                      "frames: clips")
+    four.add_argument("files", nargs="+", help="2: TRUE GENERATED ...; 4, steps: .json files; eq6: cmmd-log.csv "
+                      "files; frames: clips")
     steps = commands.add_parser("study", help="a rating page for listeners, and what they said").add_subparsers(
         dest="step", required=True)
     make = steps.add_parser("make", help="write the page, and PAGE.key.csv that tells which clip is whose")
@@ -2027,6 +2052,7 @@ def ports_arguments(commands):
     speeds = commands.add_parser("bench", help="passes and training steps beside MM-Diffusion's: time, FLOPs, memory")
     speeds.add_argument("--only", nargs="+", default=BENCH, choices=BENCH, help="(default: all)")
     speeds.add_argument("--sizes", nargs="+", default=list(SIZES), choices=SIZES, help="(default: both)")
+    speeds.add_argument("--config", type=json_object, default={}, help="other sizes or fusion, as train.py takes: JSON")
     speeds.add_argument("--mm-diffusion", metavar="CLONE", help="a clone of researchmm/MM-Diffusion")
     speeds.add_argument("--batch", type=int, default=8, help="of the steps of training (default: %(default)s)")
     speeds.add_argument("--device", default="cpu", help="(default: %(default)s)")

@@ -3996,6 +3996,20 @@ def test_evaluate_figure_of_a_training(tmp_path, capsys):
     assert "no log of a contrastive training" in capsys.readouterr().err and not (tmp_path / "b.png").exists()
 
 
+def test_evaluate_figure_of_steps(tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="figures need matplotlib")
+    row, files = {"f1_50": 0.9, "interval_50": [0.8, 1.0], "counts_50": [[1, 2, 2]]}, []
+    for steps, sampler in ((2, "ddim"), (4, "ddim"), (2, "dpm")):
+        rows = [{"sound": name} | row for name in ("true", "chain", "clean")]
+        files.append(tmp_path / f"{steps}{sampler}.json")
+        files[-1].write_text(json.dumps({"settings": {"steps": steps, "sampler": sampler}, "rows": rows}))
+    assert not evaluate.main(["figure", "steps", str(tmp_path / "a.png"), *map(str, files)])
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    files[0].write_text(json.dumps({"rows": rows}))
+    assert evaluate.main(["figure", "steps", str(tmp_path / "b.png"), str(files[0])]) == 2
+    assert "no result of worlds" in capsys.readouterr().err and not (tmp_path / "b.png").exists()
+
+
 def test_evaluate_vocoder_command(tmp_path, weights, capsys):
     write_tones(tmp_path / "tones", count=60)
     (tmp_path / "tones" / "notes.txt").write_text("no sound")
@@ -4077,6 +4091,10 @@ def test_evaluate_bench_counts_and_refuses(tmp_path, capfd):
     assert 2.8 < bare["gflop"] / one["gflop"] <= 3  # backward is twice forward, but for the input's gradient
     assert min(row["seconds"] for row in (one, bare)) > 0
     assert "| a pass, one clip | demo |" in capfd.readouterr().out
+    assert evaluate.main([*words, "pass", "--config", '{"fusion": "none"}', "--out", str(tmp_path / "none.json")]) == 0
+    assert json.loads((tmp_path / "none.json").read_text())["rows"][0]["parameters"] < one["parameters"]
+    assert evaluate.main([*words, "pass", "--config", '{"fuse": "none"}']) == 2
+    assert "unexpected keyword argument 'fuse'" in capfd.readouterr().err
     assert evaluate.main([*words, "mm-diffusion", "--mm-diffusion", str(tmp_path)]) == 2
     error = capfd.readouterr().err
     assert "give a clone of researchmm/MM-Diffusion" in error and error.count("\n") == 1

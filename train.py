@@ -34,7 +34,7 @@ from safetensors.torch import save_file
 
 from cmmd import (
     CMMD, SEED, SHARES, SIZES, CMMDConfig, Parser, atomic, contrastive_loss, draw_negatives, draw_times, fast_autocast,
-    generate, joint_loss, load, number, save, torchrun_place, vae, vocoder, whole_mel_frames,
+    generate, joint_loss, json_object, load, number, save, torchrun_place, vae, vocoder, whole_mel_frames,
 )
 from cmmd.data import (
     TRAINING_SEED, WORLDS, EncodedClip, FileCache, cache_clips, cache_frames, cache_sounds, open_encoded, write_encoded,
@@ -800,14 +800,6 @@ MEANING = {"steps": "of the optimiser", "batch": "clips, sounds or frames in a s
 TRAININGS = {"vae": train_vae, "vocoder": train_vocoder, "cmmd": train_cmmd}
 
 
-def sizes(text):
-    """The argument of --config -> a dict."""
-    content = json.loads(text)
-    if not isinstance(content, dict):
-        raise ValueError
-    return content
-
-
 def check(args):
     """Refuse, before any work, what cannot run."""
     for name in ("steps", "batch", "log_every", "eval_every", "save_every"):
@@ -848,7 +840,7 @@ def arguments(argv):
         for key, value in recipe.items():
             task.add_argument(f"--{key}", type=number(kind=type(value)), default=value, help=MEANING[key])
         task.add_argument("--seed", type=SEED, default=0, help="another one, other clips, times and noise")
-        task.add_argument("--config", type=sizes, default={}, help="sizes of the network, where not the default's or "
+        task.add_argument("--config", type=json_object, default={}, help="sizes of the network, where not the default's or "
                           "those of --init: JSON")
         task.add_argument("--init", help="weights to start from")
         task.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
