@@ -648,7 +648,8 @@ def worlds_table(result):
         lines.append(f"{row['name']}: F1 ÷ chain ceiling {', '.join(at)}.")
     if "beats" in result:
         lines += ["", *score_table(result["beats"]), "", "¹ CMMD / nCMMD / MM-Diffusion on AIST++. ² The same sounds "
-                  "against other clips' beats. ³ The true sounds through mel and vocoder."]
+                  "against other clips' beats. ³ The true sounds through mel and vocoder. ⁴ Of being no better than "
+                  "chance, clip by clip (Wilcoxon)."]
     if "variety" in result:
         made, world = result["variety"]["made"], result["variety"]["world"]
         figures = lambda values: ", ".join(f"{value:.3g}" for value in values)
@@ -1253,13 +1254,15 @@ def pair_rows(measure, clips):
         yield row(", ".join(measure.rows), note=note)
         return
     turns = np.unique(np.linspace(1, len(clips) - 1, ROTATIONS).astype(int))  # each pairs every clip with another
-    strange = kept(count(x, other(y, clips[i - turn][1])) for turn in turns for i, (made, _, _) in enumerate(clips)
-                   for x, y in zip(made, clips[i - turn][0]))
+    strange = [kept(count(x, other(y, clips[i - turn][1])) for turn in turns for x, y in zip(made, clips[i - turn][0]))
+               for i, (made, _, _) in enumerate(clips)]
+    both = [(sum_of(kept(one)), sum_of(wrong)) for one, wrong in zip(each, strange) if kept(one) and wrong]
     best = kept(count(again or true, true) for _, true, again in clips if again or own)
     for name, statistic in measure.rows.items():
-        value, low, top = (float(statistic(sum_of(c))) if c else None for c in (per_clip, strange, best))
+        value, low, top = (float(statistic(sum_of(c))) if c else None for c in (per_clip, sum(strange, []), best))
+        gains = [np.nan_to_num(statistic(one)) - np.nan_to_num(statistic(wrong)) for one, wrong in both]
         yield row(name, value, TABLE_2.get(name, ""), bootstrap(np.array(per_clip), statistic), low, top,
-                  sum(len(kept(counted)) for counted in each), note)
+                  sum(len(kept(counted)) for counted in each), note, signed_rank(gains)[1])
 
 
 def sum_of(counts):
@@ -1267,10 +1270,10 @@ def sum_of(counts):
     return np.sum(counts, axis=0, dtype=float)
 
 
-def row(metric, value=None, paper="", interval=(None, None), chance=None, ceiling=None, n=0, note=""):
-    """A line of the table; `note` says what was skipped and why."""
+def row(metric, value=None, paper="", interval=(None, None), chance=None, ceiling=None, n=0, note="", p=None):
+    """A line of the table; `note`: what was skipped and why; p: of Wilcoxon's test against chance, clip by clip."""
     return {"metric": metric, "paper": paper, "value": value, "low": interval[0], "high": interval[1],
-            "chance": chance, "ceiling": ceiling, "n": n, "note": note}
+            "chance": chance, "p": p, "ceiling": ceiling, "n": n, "note": note}
 
 
 def fad_rows(clips, others, result):
@@ -1326,18 +1329,20 @@ def folders_table(result):
     notes += [f"Not asked for: {', '.join(result['not_asked'])}."] if result["not_asked"] else []
     title = (f"{result['generated']} against {result['reference']}: {result['clips']} clips, {result['draws']} draw(s) "
              "of each. ¹ CMMD / nCMMD / MM-Diffusion on AIST++. ² The same outputs against other clips' truths. ³ The "
-             "truth as output: through --vocoder, with its own picture, or a part of the reference against the rest.")
+             "truth as output: through --vocoder, with its own picture, or a part of the reference against the rest. ⁴ "
+             "Of being no better than chance, clip by clip (Wilcoxon).")
     return "\n".join([*lines, "", title, *notes])
 
 
 def score_table(rows):
     """The lines of a markdown table of `row`s."""
-    lines = ["| metric | paper¹ | ours [95 %] | chance² | ceiling³ | n | skipped, notes |", "|---" * 7 + "|"]
+    lines = ["| metric | paper¹ | ours [95 %] | chance² | p⁴ | ceiling³ | n | skipped, notes |", "|---" * 8 + "|"]
     digits = lambda x: "–" if x is None or np.isnan(x) else f"{x:.3f}" if abs(x) < 10 else f"{x:.1f}"
     for line in rows:
         interval = "" if line["low"] is None else f" [{digits(line['low'])}, {digits(line['high'])}]"
         lines.append(f"| {line['metric']} | {line['paper']} | {digits(line['value'])}{interval} | "
-                     f"{digits(line['chance'])} | {digits(line['ceiling'])} | {line['n']} | {line['note']} |")
+                     f"{digits(line['chance'])} | {'–' if line['p'] is None else format(line['p'], '.1g')} | "
+                     f"{digits(line['ceiling'])} | {line['n']} | {line['note']} |")
     return lines
 
 
@@ -1512,15 +1517,19 @@ def study_make(args):
 
 def signed_rank(differences):
     """Wilcoxon's signed-rank test -> statistic, two-sided p, n without zeros, zeros. Exact for ties too: the share of
-    all 2^n signs of the (mid-)ranks that are as extreme. Differences are rounded to 1e-6: no float decides."""
+    all 2^n signs of the (mid-)ranks that are as extreme; above n = 300 the normal distribution tells it well enough.
+    Differences are rounded to 1e-6: no float decides."""
     d = np.round(np.asarray(differences, dtype=np.float64), 6)
     zeros, d = int((d == 0).sum()), d[d != 0]
     size = np.abs(d)
     twice = (size[:, None] > size).sum(1) * 2 + (size[:, None] == size).sum(1) + 1  # 2 x midrank: whole numbers
+    low = min(int(twice[d > 0].sum()), int(twice[d < 0].sum()))
+    if len(d) > 300:
+        z = (twice.sum() / 2 - low) / math.sqrt((twice.astype(float) ** 2).sum() / 4)
+        return low / 2, math.erfc(z / math.sqrt(2)), len(d), zeros
     chances = np.ones(1)  # of every sum of the ranks with a positive sign
     for rank in twice:
         chances = (np.pad(chances, (0, rank)) + np.pad(chances, (rank, 0))) / 2
-    low = min(int(twice[d > 0].sum()), int(twice[d < 0].sum()))
     return low / 2, min(1.0, 2 * float(chances[:low + 1].sum())), len(d), zeros
 
 
