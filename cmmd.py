@@ -307,7 +307,7 @@ class CMMDConfig:
     log10 mel, so that the normalised one is about N(0, 1); video_channels, audio_channels: width of each level;
     blocks: pairs of blocks a level; attention: over time, level by level; fusion: what crosses between the modalities,
     "learned" (pooled where a 1x1 convolution looks), "mean" (spatial mean), "attention" (AttentionFusion) or "none";
-    shift: see `levels`."""
+    shift: see `levels`; latents: `vae.fingerprint` of the autoencoder they come from, where known."""
 
     size: int = 64
     fps: float = 10
@@ -329,6 +329,7 @@ class CMMDConfig:
     groups: int = 8
     fusion: str = "learned"
     shift: float = 1.0
+    latents: str = ""
 
     def __post_init__(self):
         for name in ("video_channels", "audio_channels", "attention"):
@@ -631,6 +632,19 @@ class NoiseSkip(nn.Module):
         return straight * x + blurred * self.mix(x)
 
 
+class StillSkip(nn.Module):
+    """A path around the U-Net for video, x (B, T, C, H, W) -> the same: x and its mean over T, each by a gain that the
+    time sets. Most of a picture stands still, and is denoised by averaging, which a U-Net only learns slowly."""
+
+    def __init__(self, channels, embedding):
+        super().__init__()
+        self.gains = zeroed(nn.Linear(embedding, 2 * channels))
+
+    def forward(self, x, time):
+        straight, still = self.gains(time)[:, None, :, None, None].chunk(2, dim=2)  # (B, 1, C, 1, 1)
+        return straight * x + still * x.mean(dim=1, keepdim=True)
+
+
 class CMMD(nn.Module):
     """The joint model v_theta of Eq. 2 (Fig. 1): a video and an audio U-Net, level by level side by side.
 
@@ -664,7 +678,7 @@ class CMMD(nn.Module):
         last_audio = zeroed(nn.Conv1d(audio[0], config.mel_bins, 3, padding=1))
         self.video_out = nn.Sequential(nn.GroupNorm(config.groups, video[0]), nn.SiLU(), last_video)
         self.audio_out = nn.Sequential(nn.GroupNorm(config.groups, audio[0]), nn.SiLU(), last_audio)
-        self.audio_skip = NoiseSkip(config.mel_bins, E)
+        self.audio_skip, self.video_skip = NoiseSkip(config.mel_bins, E), StillSkip(config.latent_channels, E)
         self.to(memory_format=torch.channels_last)  # (B*T, H, W, C) in memory: time is reached without a copy
 
     def normalise(self, mel):
@@ -696,8 +710,8 @@ class CMMD(nn.Module):
             for pair in level:
                 skip_v, skip_a = skips.pop()
                 v, a = pair(torch.cat([v, skip_v], 1), torch.cat([a, skip_a], 1), time, step * 2**i)
-        sound = self.audio_out(a)[..., :L] + self.audio_skip(audio, time)
-        return self.video_out(v).unflatten(0, (B, -1)).float(), sound.float()
+        picture = self.video_out(v).unflatten(0, (B, -1)) + self.video_skip(video, time)
+        return picture.float(), (self.audio_out(a)[..., :L] + self.audio_skip(audio, time)).float()
 
     def _check(self, video, audio):
         c, side = self.config, 2 ** (len(self.down) - 1)

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from cmmd import CMMD, CONDITIONS, SEED, Parser, atomic, data, generate, load, mel_frames, number, torchrun_place
-from cmmd.vae import VAE, load as load_vae, to_frames, to_uint8
+from cmmd.vae import VAE, fingerprint, load as load_vae, to_frames, to_uint8
 from cmmd.vocoder import Vocoder, VocoderConfig, load as load_vocoder, log_mel
 
 NOTHING_LEFT = ("got both a video and a sound, so nothing is left to make; give one of them, or the stretch to make "
@@ -224,6 +224,9 @@ def _check_fit(folder, vae, vocoder, model):
     if theirs.latent_channels != ours.latent_channels or theirs.factor != 8 or ours.size % 8:
         raise ValueError(f"{folder / 'vae.safetensors'}: {theirs.latent_channels} channels, 1/{theirs.factor} size; "
                          f"the model wants {ours.latent_channels} for frames of {ours.size} px")
+    if ours.latents and ours.latents != fingerprint(vae):
+        raise ValueError(f"{folder / 'vae.safetensors'}: its encoder, scale or shift are not those that the model was "
+                         "trained with; take the autoencoder that was its --vae")
 
 
 # ---- Input

@@ -342,6 +342,20 @@ class Oracle(nn.Module):
         return out[0] + 0 * audio.sum(), out[1] + 0 * video.sum()  # each in the other's graph, as Eq. 3 asks
 
 
+def test_cmmd_still_skip_starts_as_nothing_and_can_average_noise_away():
+    """Of a still picture, unknown but for its T noisy frames, the best velocity errs by 1 / (T alpha_bar)."""
+    T, t, generator = 18, 0.3, torch.Generator().manual_seed(0)
+    x = torch.randn(1, 1, 8, 16, 16, generator=generator).expand(1, T, -1, -1, -1)
+    noise, skip = torch.randn(x.shape, generator=generator), cmmd.StillSkip(8, 4)
+    x_t, time = diffuse(x, noise, t), torch.zeros(1, 4)
+    assert not skip(x_t, time).any()
+    signal, sigma = math.cos(t * math.pi / 2), math.sin(t * math.pi / 2)
+    with torch.no_grad():
+        skip.gains.bias.copy_(torch.tensor([signal / sigma, -1 / (signal * sigma)]).repeat_interleave(8))
+    error = (skip(x_t, time) - velocity(x, noise, t)).square().mean()
+    assert error.item() == pytest.approx(1 / (T * signal**2), rel=0.05)
+
+
 def test_cmmd_joint_loss_masks_clean_sides_and_is_the_plain_formula(full_precision):
     model, video, audio = tiny_model(), noise(3, 5, 4, 4, 4), noise(3, 80, 31)
     eps = noise(3, 5, 4, 4, 4, seed=1), noise(3, 80, 31, seed=2)
@@ -2330,6 +2344,25 @@ def test_sample_mismatched_vocoder_is_refused(tmp_path, weights):
         load_models(tmp_path)
 
 
+def test_sample_refuses_another_encoder_but_not_another_decoder_or_precision(tmp_path, weights):
+    vae, vocoder, model = load_models(weights)
+    own = vae_module.fingerprint(vae)
+    save(tmp_path / "vocoder.safetensors", vocoder)
+    model.config = replace(model.config, latents=own)
+    save(tmp_path / "cmmd.safetensors", model)
+    with torch.no_grad():
+        next(vae.decoder.parameters()).add_(1)
+    save(tmp_path / "vae.safetensors", vae, torch.float16)
+    load_models(tmp_path)
+    with torch.no_grad():
+        next(vae.encoder.parameters()).add_(1)
+    save(tmp_path / "vae.safetensors", vae)
+    with pytest.raises(ValueError, match="are not those that the model was trained with"):
+        load_models(tmp_path)
+    words = ["cmmd", "--vae", str(tmp_path / "vae.safetensors"), "--init", str(tmp_path / "cmmd.safetensors")]
+    assert train.main([*words, "--out", str(tmp_path / "run")]) == 2
+
+
 @pytest.mark.parametrize("given", [
     dict(video=np.zeros((3, 8, 8, 3), np.uint8)), dict(video=np.zeros((3, 8, 8), np.uint8), fps=10),
     dict(video=np.full((3, 8, 8, 3), 2.0), fps=10), dict(video=np.zeros((0, 8, 8, 3), np.uint8), fps=10),
@@ -2774,6 +2807,24 @@ def test_train_clips_without_room_for_a_shift_are_swapped(tmp_path):
     assert [batches.move(np.random.default_rng(0), k, slow) for k in (0, 1)] == pytest.approx([0.04, -0.04])
 
 
+@pytest.mark.slow
+def test_train_at_128_px_on_latents_of_the_published_layout_learns(tmp_path, monkeypatch):
+    """Four clips are learned by heart; the autoencoder has the published sizes, random weights and measured scales."""
+    torch.manual_seed(0)
+    published = VAE(VAEConfig(scale=1.0)).eval()
+    latents = published.encode(train.to_frames(bounce(TRAINING_SEED, 0.9, size=128).video)[None])
+    deviation, mean = torch.std_mean(latents, dim=(0, 1, 3, 4))
+    published.config = replace(published.config, scale=tuple((1 / deviation).tolist()), shift=tuple(mean.tolist()))
+    save(tmp_path / "vae.safetensors", published, torch.float16)
+    monkeypatch.setattr(train, "HeldOut", lambda *given: SimpleNamespace(name="none", figures=lambda *given: {}))
+    assert not train.main(["cmmd", "--vae", str(tmp_path / "vae.safetensors"), "--config", '{"size": 128}', "--clips", "4",
+                           "--batch", "4", "--steps", "200", "--first-lesson", "200", "--warmup", "20", "--workers", "0",
+                           "--out", str(tmp_path)])
+    rows = np.genfromtxt(tmp_path / "cmmd-log.csv", delimiter=",", names=True)
+    assert latents.shape[2:] == (4, 16, 16) and rows["step"][-1] == 200
+    assert rows["audio"][-1] < 0.35 * rows["audio"][0] and rows["video"][-1] < 0.6 * rows["video"][0]
+
+
 def test_train_goes_on_from_weights_at_another_frame_rate(tmp_path, monkeypatch, weights):
     """--init with --config: the same weights, another clock; windows of 1.8 s unless the frames are given too."""
     seen = []
@@ -2783,7 +2834,8 @@ def test_train_goes_on_from_weights_at_another_frame_rate(tmp_path, monkeypatch,
     assert not train.main(["cmmd", "--vae", str(weights / "vae.safetensors"), "--init", str(source), "--config", size,
                            "--out", str(tmp_path)])
     (state, batches), model = seen[0], cmmd.load(source, CMMD)
-    assert state.ema.config == batches.config == replace(model.config, fps=25, frames=45)
+    own = vae_module.fingerprint(vae_module.load(weights / "vae.safetensors"))
+    assert state.ema.config == batches.config == replace(model.config, fps=25, frames=45, latents=own)
     assert all(module.config.fps == 25 for module in state.networks["cmmd"].modules() if hasattr(module, "config"))
     assert all(torch.equal(w, model.state_dict()[name]) for name, w in state.ema.state_dict().items())
 
@@ -3608,6 +3660,9 @@ def test_evaluate_signed_rank_and_holm():
         d = rng.normal(rng.normal(0, 0.5), 1, rng.integers(2, 30)).round(9)
         expected = stats.wilcoxon(d, method="exact")
         assert evaluate.signed_rank(d)[:2] == (expected.statistic, pytest.approx(expected.pvalue, abs=1e-12))
+    many = rng.normal(0.1, 1, 400).round(1)
+    expected = stats.wilcoxon(many[many != 0], method="approx")
+    assert evaluate.signed_rank(many)[:2] == (expected.statistic, pytest.approx(expected.pvalue, rel=1e-9))
     for _ in range(20):  # with ties and zeros: all signs of the ranks, tried one by one
         d = rng.integers(-3, 4, 10)
         x = d[d != 0]
@@ -4279,7 +4334,8 @@ def test_weights_worlds_score_the_truth_as_the_chain_ceiling(trained, tmp_path, 
     monkeypatch.setattr(evaluate, "generate", generate)
     monkeypatch.setattr("cmmd.sample.load_models", lambda *_: trained)
     words = ["worlds", "--world", world, "--make", make, "--seconds", str(seconds), "--n", "4", "--batch", "3",
-             "--condition", "clean", "--out", str(tmp_path / "a.json"), "--embedding", f"{tmp_path / 'levels.py'}:embed"]
+             "--condition", "clean", "--out", str(tmp_path / "a.json"),
+             "--embedding", f"{tmp_path / 'levels.py'}:embed"]
     (tmp_path / "levels.py").write_text("def embed(wave):\n    return wave[:16000].reshape(10, -1)[:, :4]\n")
     assert evaluate.main(words) == 0
     said, result = capsys.readouterr().out, json.loads((tmp_path / "a.json").read_text())

@@ -13,7 +13,6 @@ gives the same weights, to rounding. Several GPUs: `torchrun --nproc-per-node N 
 import argparse
 import copy
 import csv
-import hashlib
 import json
 import math
 import os
@@ -43,7 +42,7 @@ from cmmd.evaluate import (
     envelope, envelope_correlation, event_counts, picture_events, psnr, scores, sound_scores,
 )
 from cmmd.sample import picture, write_png
-from cmmd.vae import VAE, VAEConfig, quick_start, to_frames, to_uint8, vae_loss
+from cmmd.vae import VAE, VAEConfig, fingerprint, quick_start, to_frames, to_uint8, vae_loss
 from cmmd.vocoder import (
     Discriminator, DiscriminatorConfig, Vocoder, VocoderConfig, add_weight_norm, discriminator_loss, generator_loss,
     log_mel, loud_stft_loss, mel_loss,
@@ -572,7 +571,10 @@ def train_cmmd(args):
     shares = training_share(args, sources)
     if not args.init:
         model.config = replace(model.config, **mel_level(shares, model.config, args) | args.config)
-    model.config = config = replace(model.config, shift=args.time_shift or model.config.shift)
+    known, own = model.config.latents, fingerprint(autoencoder)
+    if known not in ("", own):
+        raise ValueError(f"{args.vae}: another encoder, scale or shift than the model of --init was trained with")
+    model.config = config = replace(model.config, shift=args.time_shift or model.config.shift, latents=own)
     state = State({"cmmd": model}, "cmmd", args)
     files = [cached_clips(args, x, autoencoder, config) if args.clips and isinstance(x, str) else x for x in shares]
     negatives = round(args.negatives * args.batch) if args.eta else 0
@@ -740,13 +742,6 @@ def cached_clips(args, name, autoencoder, config):
     return FileCache(tuple(file.name for file in files), tuple(map(str, files)), (T,) * n, (0,) * n)
 
 
-def fingerprint(autoencoder):
-    """Changes with what decides about latents: the encoder, scale and shift, not the decoder."""
-    weights = (w for part in (autoencoder.encoder, autoencoder.quant_conv) for w in part.state_dict().values())
-    sizes = repr((autoencoder.config.scale, autoencoder.config.shift)).encode()
-    return hashlib.sha256(b"".join(w.cpu().numpy().tobytes() for w in weights) + sizes).hexdigest()[:8]
-
-
 def default_config(autoencoder, args):
     """The sizes of --size for these latents."""
     return CMMDConfig(latent_channels=autoencoder.config.latent_channels, **SIZES[args.size or "demo"])
@@ -840,8 +835,8 @@ def arguments(argv):
         for key, value in recipe.items():
             task.add_argument(f"--{key}", type=number(kind=type(value)), default=value, help=MEANING[key])
         task.add_argument("--seed", type=SEED, default=0, help="another one, other clips, times and noise")
-        task.add_argument("--config", type=json_object, default={}, help="sizes of the network, where not the default's or "
-                          "those of --init: JSON")
+        task.add_argument("--config", type=json_object, default={}, help="sizes of the network, where not the "
+                          "default's or those of --init: JSON")
         task.add_argument("--init", help="weights to start from")
         task.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
         task.add_argument("--threads", type=number(1, kind=int), help="CPU threads")

@@ -4,11 +4,12 @@ The paper (Sec. 3, "Feature Extraction") encodes every video frame by itself wit
 8 times smaller in height and width, 4 channels. The architecture is CompVis' / diffusers' `AutoencoderKL`; one
 dataclass of sizes makes it the published 84 M parameter network (the defaults) or the small one in `weights/`.
 
-In this order: VAEConfig, the blocks, Encoder and Decoder, VAE (encode, decode), the training loss, `load` for our files
-and published ones, and `python vae.py convert IN OUT.safetensors`.
+In this order: VAEConfig, the blocks, Encoder and Decoder, VAE (encode, decode), fingerprint, the training loss, `load`
+for our files and published ones, and `python vae.py convert IN OUT.safetensors`.
 Letters: B batch, T video frames, C latent channels, H W height and width of the latents, 8H 8W of the frames.
 """
 
+import hashlib
 import math
 import os
 import re
@@ -235,6 +236,14 @@ class VAE(nn.Module):
     def _scale_and_shift(self, device):
         """The config's two, shaped (1 or C, 1, 1)."""
         return [torch.as_tensor(x, device=device).reshape(-1, 1, 1) for x in (self.config.scale, self.config.shift)]
+
+
+def fingerprint(vae):
+    """8 hex digits that change with what decides about latents: the encoder, scale and shift, not the decoder; the same
+    for weights stored in half precision."""
+    weights = (w for part in (vae.encoder, vae.quant_conv) for w in part.state_dict().values())
+    sizes = repr((vae.config.scale, vae.config.shift)).encode()
+    return hashlib.sha256(b"".join(w.half().float().cpu().numpy().tobytes() for w in weights) + sizes).hexdigest()[:8]
 
 
 def to_frames(video: np.ndarray | torch.Tensor) -> torch.Tensor:
