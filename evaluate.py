@@ -1437,6 +1437,7 @@ def draw_steps(drawing, files):
 
 def draw_frames(drawing, files, count=9):
     """A row of `count` frames of each file, at the middles of equal parts of it."""
+    drawing.set_size_inches(10, len(files))
     for axis, path in zip(drawing.subplots(len(files), squeeze=False)[:, 0], files):
         video = read_video(path, fps=FPS, size=128)
         shown = ((np.arange(count) + 0.5) * len(video) / count).astype(int)
