@@ -1430,7 +1430,8 @@ def draw_steps(drawing, files):
         steps, f1, low, high = np.array(sorted(points)).T
         axis.errorbar(steps, f1, (f1 - low, high - f1), marker="o", capsize=3, label=name)
     axis.axhline(result["rows"][1]["f1_50"], color="grey", ls="--", label="ceiling")
-    axis.set(xscale="log", xlabel="steps", ylabel="F1 ±50 ms", xticks=steps, xticklabels=[f"{n:g}" for n in steps])
+    tried = sorted({point[0] for points in lines.values() for point in points})
+    axis.set(xscale="log", xlabel="steps", ylabel="F1 ±50 ms", xticks=tried, xticklabels=map(str, tried))
     axis.minorticks_off()
     axis.legend()
 
