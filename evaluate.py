@@ -392,6 +392,7 @@ class Worlds:
         self.clips = [WORLDS[name](seed, seconds, c.fps, c.size, c.sample_rate) for seed in seeds]
         self.hop_seconds = self.config.hop / self.config.sample_rate
         self.true = torch.from_numpy(np.stack([clip.audio for clip in self.clips]))  # (N, S)
+        self.true_fit = self.fit(self.true) if embed else None
         # the true sounds' log mel (N, M, L), with as many frames as the model makes for the clip
         self.mel = log_mel(torch.nn.functional.pad(self.true, (0, -self.true.shape[1] % self.config.hop)), self.config)
         self.templates = pitch_templates(self.config)
@@ -437,9 +438,9 @@ class Worlds:
             return [rhythm(wave.numpy(), self.config.sample_rate)[0] for wave in waves]
         return [onsets(mel, self.hop_seconds) for mel in log_mel(waves, self.config).numpy()]
 
-    def embeddings(self, waves):
-        """Waves (N, S) -> what `embed` makes of them, one after the other (n, D)."""
-        return np.concatenate([self.embed(None, wave.numpy()) for wave in waves])
+    def fit(self, waves):
+        """Waves (N, S) -> `gaussian` of what `embed` makes of them, one after the other (n, D)."""
+        return gaussian(np.concatenate([self.embed(None, wave.numpy()) for wave in waves]))
 
     def row(self, name, videos, waves):
         """Scores of N videos or waves (N, S) against the true events, or of the two against each other: a dict."""
@@ -450,7 +451,7 @@ class Worlds:
         found = self.heard(waves)
         row = {"sound": name} | event_row(found, [clip.times for clip in clips])
         if self.embed:
-            row["frechet"] = frechet(*(gaussian(self.embeddings(x)) for x in (waves, self.true)))
+            row["frechet"] = frechet(self.fit(waves), self.true_fit)
         if self.name == "bounce":
             mels = log_mel(waves, self.config).numpy()
             counts = pitch_counts(mels, found, clips, self.hop_seconds, self.templates)
@@ -1249,20 +1250,21 @@ def pair_rows(measure, clips):
     each = [[count(x, other(x, true)) for x in made] for made, true, _ in clips]
     why = Counter(c for counted in each for c in counted if isinstance(c, str))
     note = "; ".join(f"{n}: {reason}" for reason, n in why.items())
-    per_clip = [sum_of(kept(counted)) for counted in each if kept(counted)]
+    ours = [kept(counted) for counted in each]
+    per_clip = [sum_of(counted) for counted in ours if counted]
     if not per_clip:
         yield row(", ".join(measure.rows), note=note)
         return
     turns = np.unique(np.linspace(1, len(clips) - 1, ROTATIONS).astype(int))  # each pairs every clip with another
     strange = [kept(count(x, other(y, clips[i - turn][1])) for turn in turns for x, y in zip(made, clips[i - turn][0]))
                for i, (made, _, _) in enumerate(clips)]
-    both = [(sum_of(kept(one)), sum_of(wrong)) for one, wrong in zip(each, strange) if kept(one) and wrong]
+    both = [(sum_of(one), sum_of(wrong)) for one, wrong in zip(ours, strange) if one and wrong]
     best = kept(count(again or true, true) for _, true, again in clips if again or own)
     for name, statistic in measure.rows.items():
         value, low, top = (float(statistic(sum_of(c))) if c else None for c in (per_clip, sum(strange, []), best))
         gains = [np.nan_to_num(statistic(one)) - np.nan_to_num(statistic(wrong)) for one, wrong in both]
         yield row(name, value, TABLE_2.get(name, ""), bootstrap(np.array(per_clip), statistic), low, top,
-                  sum(len(kept(counted)) for counted in each), note, signed_rank(gains)[1])
+                  sum(map(len, ours)), note, signed_rank(gains)[1])
 
 
 def sum_of(counts):

@@ -2817,9 +2817,9 @@ def test_train_at_128_px_on_latents_of_the_published_layout_learns(tmp_path, mon
     published.config = replace(published.config, scale=tuple((1 / deviation).tolist()), shift=tuple(mean.tolist()))
     save(tmp_path / "vae.safetensors", published, torch.float16)
     monkeypatch.setattr(train, "HeldOut", lambda *given: SimpleNamespace(name="none", figures=lambda *given: {}))
-    assert not train.main(["cmmd", "--vae", str(tmp_path / "vae.safetensors"), "--config", '{"size": 128}', "--clips", "4",
-                           "--batch", "4", "--steps", "120", "--first-lesson", "120", "--warmup", "20", "--workers", "0",
-                           "--out", str(tmp_path)])
+    assert not train.main(["cmmd", "--vae", str(tmp_path / "vae.safetensors"), "--config", '{"size": 128}',
+                           "--clips", "4", "--batch", "4", "--steps", "120", "--first-lesson", "120",
+                           "--warmup", "20", "--workers", "0", "--out", str(tmp_path)])
     rows = np.genfromtxt(tmp_path / "cmmd-log.csv", delimiter=",", names=True)
     assert latents.shape[2:] == (4, 16, 16) and rows["step"][-1] == 120
     assert rows["audio"][-1] < 0.35 * rows["audio"][0] and rows["video"][-1] < 0.85 * rows["video"][0]

@@ -567,13 +567,13 @@ def train_cmmd(args):
     if isinstance(args.config.get("fps"), (int, float)):
         args.config.setdefault("frames", max(1, round(1.8 * args.config["fps"])))  # P: windows of 1.8 s
     model = initial(CMMD, lambda path: load(path, CMMD), default_config(autoencoder, args), args)
+    known, own = model.config.latents, fingerprint(autoencoder)
+    if known not in ("", own):
+        raise ValueError(f"{args.vae}: another encoder, scale or shift than the model of --init was trained with")
     sources = open_data(args, lambda entry, cache: encoded_files(entry, cache, autoencoder, model.config, args))
     shares = training_share(args, sources)
     if not args.init:
         model.config = replace(model.config, **mel_level(shares, model.config, args) | args.config)
-    known, own = model.config.latents, fingerprint(autoencoder)
-    if known not in ("", own):
-        raise ValueError(f"{args.vae}: another encoder, scale or shift than the model of --init was trained with")
     model.config = config = replace(model.config, shift=args.time_shift or model.config.shift, latents=own)
     state = State({"cmmd": model}, "cmmd", args)
     files = [cached_clips(args, x, autoencoder, config) if args.clips and isinstance(x, str) else x for x in shares]
