@@ -840,6 +840,11 @@ CONDITIONS = ("clean", "replace", "guide")  # how a given side enters
 GUIDED = 0.5  # "clean" guides at noise levels above this: what is late are details, which guidance only roughens
 
 
+def own_steps(given):
+    """Steps where none are asked for: 6 where one side is given whole, 25 where nothing is (measured: README)."""
+    return 25 if given is None else 6
+
+
 def own_guidance(condition, given):
     """The guidance of a condition where none is asked for: 1 of "guide" (Eq. 3); 2 of "clean" for pictures of sounds,
     which otherwise follow them too little (measured: README); else 0."""
@@ -848,7 +853,7 @@ def own_guidance(condition, given):
 
 @torch.no_grad()
 def generate(model: CMMD, video: torch.Tensor | None = None, audio: torch.Tensor | None = None,
-             frames: int | None = None, *, keep=(None, None), steps: int = 6, condition: str = "clean",
+             frames: int | None = None, *, keep=(None, None), steps: int | None = None, condition: str = "clean",
              guidance: float | None = None, sampler: str = "ddim", stochasticity: float = 0.0, seeds=(0,),
              stride: int = 8, window_batch: int = 8, progress=None) -> tuple[torch.Tensor, torch.Tensor]:
     """Sample what is missing: sound for `video`, video for `audio`, both for `frames` -> latents (B, T, C, H, W) and
@@ -863,11 +868,13 @@ def generate(model: CMMD, video: torch.Tensor | None = None, audio: torch.Tensor
     (Eq. 5); "guide" also pulled down the gradient of its own reconstruction (Eq. 3) with lambda = guidance (default 1).
     It says nothing of a side that is given in part: what is kept of that stands, as in Eq. 5, at the noise level of all
     that is made.
+    steps: 6 by default, 25 where no side is given whole, between the noise levels of `sampling_times`.
     sampler: "ddim" with `stochasticity` s in [0, 1] (0 DDIM, 1 fresh noise at every step) or "dpm", DPM-Solver++(2M).
     seeds: one a sample; the same seed gives the same noise on any device and in any batch. Clips longer than a training
     window are cut into windows every `stride` frames, `window_batch` at a time, whose predictions are blended at every
     step. progress(done, steps) is called after each step. ValueError for arguments that do not fit together."""
     config, given = model.config, _check_request((video, audio), keep, steps, condition, sampler, stochasticity)
+    steps = own_steps(given) if steps is None else steps
     device = next(model.parameters()).device
     video, audio = known = [x if x is None else x.to(device).float() for x in (video, audio)]
     H, W = [config.size // 8] * 2 if video is None else video.shape[3:]
@@ -890,8 +897,8 @@ def generate(model: CMMD, video: torch.Tensor | None = None, audio: torch.Tensor
     kept = [(side, known[side], mask.to(device)) for side, mask in enumerate(keep) if mask is not None]
     shift = 1 if condition == "clean" and given is not None else config.shift  # only one side is noisy there
     predict = _predictor(model, windows, None if given is None else known[given], given, condition, guidance, shift)
-    x = integrate(lambda *a: put_back(predict(*a), kept), noise, given, steps, sampler, stochasticity, draw, progress,
-                  shift)
+    x = integrate(lambda *a: put_back(predict(*a), kept), noise, given, sampling_times(steps), sampler, stochasticity,
+                  draw, progress, shift)
     if given is not None:
         x[given] = known[given]
     if L > x[1].shape[2]:  # the last mel frame, if it only begins within the video, repeats the one before
@@ -925,7 +932,7 @@ def _check_request(known, keep, steps, condition, sampler, stochasticity):
             got = f"{mask.dtype} {tuple(mask.shape)}"
             raise ValueError(f"generate got a mask {got} to keep of the {name}, expected a boolean one as long as it"
                              + ("" if x is not None else ", but no such side was given"))
-    if steps < 1:
+    if steps is not None and steps < 1:
         raise ValueError(f"steps is {steps}, it must be at least 1")
     if condition not in CONDITIONS:
         raise ValueError(f"condition is {condition!r}, expected one of {', '.join(CONDITIONS)}")
@@ -936,16 +943,16 @@ def _check_request(known, keep, steps, condition, sampler, stochasticity):
     return whole[0] if whole else None
 
 
-def integrate(predict, noise, given, steps, sampler="ddim", stochasticity=0.0, draw=None, progress=None, shift=1):
-    """From pure noise at t = 1 down to t = 0 in equal steps -> [video, audio]. shift: see `levels`.
+def integrate(predict, noise, given, times, sampler="ddim", stochasticity=0.0, draw=None, progress=None, shift=1):
+    """From pure noise down the noise levels `times`, from 1 to 0, -> [video, audio]. shift: see `levels`.
 
     predict(x, t, noise) -> [video, audio], the predicted clean data; predict itself supplies the side `given`, of which
     x, noise and the prediction may be None. The other's noise is overwritten: long clips need the memory."""
-    x, before = list(noise), None
+    x, before, steps = list(noise), None, len(times) - 1
     for i in range(steps):
-        x_0 = predict(x, 1 - i / steps, noise)
+        x_0 = predict(x, times[i], noise)
         for side in {0, 1} - {given}:
-            t_before, t, t_next = (levels(min(1.0, 1 - j / steps), shift)[side] for j in (i - 1, i, i + 1))
+            t_before, t, t_next = (levels(times[max(j, 0)], shift)[side] for j in (i - 1, i, i + 1))
             if sampler == "dpm":
                 step = lambda x, x_0, last: dpm_step(x, x_0, last, t, t_next, t_before)
                 in_pieces(step, x[side], x_0[side], before and before[side], into=x[side])
@@ -956,6 +963,12 @@ def integrate(predict, noise, given, steps, sampler="ddim", stochasticity=0.0, d
         if progress:
             progress(i + 1, steps)
     return x
+
+
+def sampling_times(steps):
+    """Noise levels from 1 to 0, one more than steps: 1 - (i / steps)^2 (ours). They lie dense at high noise, where it is
+    decided what happens when, and where a training draws most of its times (`draw_times`: 1 - u^2)."""
+    return [1 - (i / steps) ** 2 for i in range(steps + 1)]
 
 
 def in_pieces(function, *xs, into, size=2**18):

@@ -49,7 +49,7 @@ import torch
 
 from cmmd import (
     CMMD, CONDITIONS, SIZES, CMMDConfig, Parser, atomic, contrastive_loss, fast_autocast, generate, joint_loss,
-    json_object, levels, whole_mel_frames)
+    json_object, levels, own_steps, whole_mel_frames)
 from cmmd.data import (
     KIND_HUE, KIND_PITCH, SOUND_TYPES, TEMPI, TRAINING_SEED, VIDEO_TYPES, WORLDS, bounce, check_output, dance,
     find_sources, probe, read_audio, read_video, share_of, write_clip)
@@ -512,6 +512,7 @@ def worlds(args):
     models = load_models(args.weights, args.device)
     settings = {key: getattr(args, key) for key in ("steps", "guidance", "stochasticity", "sampler")
                 if getattr(args, key) is not None}
+    settings.setdefault("steps", own_steps(None if args.make == "both" else 0))
     result = {key: getattr(args, key) for key in ("world", "make", "n", "seconds", "weights")}
     result |= {"seeds": [args.seed_start, args.seed_start + args.n - 1], "settings": settings,
                "embedding": args.embedding, "machine": machine(args.device)}
@@ -2002,8 +2003,8 @@ def arguments():
     two = commands.add_parser("speed", help="seconds by stage and peak memory of sampling sound for a video file")
     two.add_argument("--seconds", type=float, nargs="+", default=[10, 100, 600], help="lengths (default: %(default)s)")
     two.add_argument("--child", help=argparse.SUPPRESS)  # the file to time, in the fresh process
-    for command in (one, two):
-        command.add_argument("--steps", type=int, default=6, help="sampler steps (default: %(default)s)")
+    one.add_argument("--steps", type=int, help="sampler steps (default: 6; of both: 25)")
+    two.add_argument("--steps", type=int, default=6, help="sampler steps (default: %(default)s)")
     for command in (one, two, three, five):
         command.add_argument("--weights", default="worlds", help="name in the box, or folder (default: %(default)s)")
         command.add_argument("--device")

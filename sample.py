@@ -78,10 +78,10 @@ class Clip(NamedTuple):
 
 
 def sample(video=None, audio=None, *, seconds: float | None = None, make_video: tuple | None = None,
-           make_audio: tuple | None = None, fps: float | None = None, sample_rate: int | None = None, steps: int = 6,
-           condition: str = "clean", guidance: float | None = None, stochasticity: float = 0.0, seed: int = 0,
-           weights: str | os.PathLike = "worlds", device: str | None = None, models: Models | None = None,
-           progress: Callable[[str, int, int], None] | None = None) -> Clip | list[Clip]:
+           make_audio: tuple | None = None, fps: float | None = None, sample_rate: int | None = None,
+           steps: int | None = None, condition: str = "clean", guidance: float | None = None,
+           stochasticity: float = 0.0, seed: int = 0, weights: str | os.PathLike = "worlds", device: str | None = None,
+           models: Models | None = None, progress: Callable[[str, int, int], None] | None = None) -> Clip | list[Clip]:
     """Make the sound of a video, the picture of a sound, or (given neither) both -> Clip.
 
     video: a file, or frames (T, H, W, 3), uint8 or float in [0, 1], at `fps`. audio: a file, or a wave (S,) or
@@ -137,7 +137,7 @@ def _check(video, audio, seconds, make_video, make_audio, fps, sample_rate, step
     """Refuse, before anything is loaded, what cannot work."""
     if video is not None and audio is not None and make_video is None and make_audio is None:
         raise ValueError(NOTHING_LEFT)
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
         raise ValueError(f"steps is {steps!r}, expected a whole number of at least 1; 6 is a good choice")
     if condition not in CONDITIONS:
         raise ValueError(f"condition is {condition!r}, expected one of {', '.join(CONDITIONS)}")
@@ -458,7 +458,8 @@ def _arguments(argv):
         parser.add_argument(f"--make-{name}", type=float, nargs=2, metavar=("START", "END"), help="make only this "
                             f"stretch (in seconds; inf: to the end) of the {whose}, and keep the rest")
     parser.add_argument("--weights", default="worlds", help="name in weights/, or a folder (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=6, help="denoising steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, help="denoising steps (default: 6, or 25 where neither side is "
+                        "given whole)")
     parser.add_argument("--condition", default="clean", choices=CONDITIONS, help="how what is given enters")
     parser.add_argument("--guidance", type=number(), help="strength of the guidance (default: the condition's own)")
     parser.add_argument("--seed", type=SEED, default=0, help="another seed, another result (default: %(default)s)")
