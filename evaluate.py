@@ -53,7 +53,7 @@ from cmmd import (
 from cmmd.data import (
     KIND_HUE, KIND_PITCH, SOUND_TYPES, TEMPI, TRAINING_SEED, VIDEO_TYPES, WORLDS, bounce, check_output, dance,
     find_sources, probe, read_audio, read_video, share_of, write_clip)
-from cmmd.vae import VAE, to_frames, to_uint8
+from cmmd.vae import VAE, load as load_vae, to_frames, to_uint8
 from cmmd.vocoder import (
     Vocoder, VocoderConfig, fold_weight_norm, griffin_lim, load as load_vocoder, log_mel, multi_resolution_stft,
     published_names)
@@ -1001,9 +1001,9 @@ ROTATIONS = 20  # wrong pairings of all clips that chance is the mean of
 
 # Of one clip: onset times (s), envelope (L,), beat times, seconds that hold an onset, times of AV-Align's peaks in
 # sound and picture, embeddings (n, D), movement (T - 1,), the envelope to be expected, the level above which there is
-# activity. Where there is none, a string says why.
-Heard = namedtuple("Heard", "onsets envelope beats bins sound_peaks motion_peaks embedding movement typical level",
-                   defaults=("no picture", 0, 0))
+# activity, the movement to be expected. Where there is none, a string says why.
+Heard = namedtuple("Heard", "onsets envelope beats bins sound_peaks motion_peaks embedding movement typical level usual",
+                   defaults=("no picture", 0, 0, 0))
 Pair = namedtuple("Pair", "name generated reference")  # paths of K draws and of the truth
 
 
@@ -1044,13 +1044,16 @@ def motion(path, seconds=None, size=128):
     return flow_peaks([float(np.linalg.norm(flow, axis=2).mean()) for flow in flows]) / FPS
 
 
-def movement(path, seconds=None, fps=25, size=64):
-    """How much a file's picture changes from frame to frame in its lower middle, where a speaker's mouth is, (T - 1,):
-    mean absolute difference; a string where there is no picture."""
+@torch.no_grad()
+def movement(path, seconds=None, vae=None, fps=25, size=64):
+    """How much a file's picture, through `vae` if given, changes from frame to frame in its lower middle, where a
+    speaker's mouth is, (T - 1,): mean absolute difference; a string where there is no picture."""
     try:
-        video = read_video(path, fps, size, seconds=seconds)[:, size // 2 :, size // 4 : -size // 4]
+        video = read_video(path, fps, size, seconds=seconds)
     except ValueError as error:
         return str(error)
+    video = to_uint8(vae.decode(vae.encode(to_frames(video[None]))))[0] if vae else video
+    video = video[:, size // 2 :, size // 4 : -size // 4]
     return np.abs(np.diff(video.astype(np.float64), axis=0)).mean(axis=(1, 2, 3))
 
 
@@ -1119,9 +1122,10 @@ def match_folders(generated, reference):
 
 
 def listen(pairs, args, embed, config):
-    """Every clip of the pairs, heard -> [(K Heard, the truth Heard, and through --vocoder or None)], and why others
-    were left out. Outputs and truth are cut to the same length."""
+    """Every clip of the pairs, heard -> [(K Heard, the truth Heard, and through --vocoder and --vae or None)], and why
+    others were left out. Outputs and truth are cut to the same length."""
     vocoder = load_vocoder(args.vocoder).eval() if args.vocoder else None
+    vae = load_vae(args.vae).eval() if args.vae else None
     clips, left_out = [], []
     for pair in pairs:
         paths = [*pair.generated, pair.reference]
@@ -1141,7 +1145,12 @@ def listen(pairs, args, embed, config):
         seen = [(truth[0] if isinstance(moved, str) else peaks, moved) for peaks, moved in seen]  # a sound: truth's
         *made, true = (hear(wave, config, peaks, embed(path, wave) if embed else ())._replace(movement=moved)
                        for wave, path, (peaks, moved) in zip(waves, paths, [*seen, truth]))
-        clips.append((made, true, vocoder and hear(through_vocoder(waves[-1], vocoder), config, truth[0])))
+        again = Heard(*["no vocoder was given"] * 7)
+        if vocoder:
+            again = hear(through_vocoder(waves[-1], vocoder), config, truth[0])
+        if vae:
+            again = again._replace(movement=movement(pair.reference, args.seconds, vae))
+        clips.append((made, true, again if vocoder or vae else None))
     return clips, left_out
 
 
@@ -1161,18 +1170,28 @@ def through_vocoder(wave, vocoder):
         return vocoder.decode(log_mel(padded, vocoder.config))[0, :len(wave)].numpy()
 
 
-def add_typical(clips, train=None):
-    """Cut all envelopes to one length, and give every truth what to expect at each position: the mean envelope of the
-    other clips' truths, or of the training envelopes `train`; and the median level of all of them."""
-    length = min(len(x.envelope) for made, true, again in clips for x in (*made, true))
-    length = min([length] + [len(x) for x in train or ()])
+def add_typical(clips, train=(), moved=()):
+    """Cut all envelopes to one length, and give every truth what to expect at each position: the mean envelope and the
+    mean movement of the other clips' truths, or of training envelopes `train` and movements `moved`; and the median
+    level of all envelopes."""
+    length = min(map(len, [*train, *(x.envelope for made, true, _ in clips for x in (*made, true))]))
     cut = lambda heard: heard and heard._replace(envelope=heard.envelope[:length])
     clips = [([cut(x) for x in made], cut(true), cut(again)) for made, true, again in clips]
-    total = sum(true.envelope for _, true, _ in clips)
-    mean = np.mean([x[:length] for x in train], axis=0) if train else None
-    typical = lambda true: (total - true.envelope) / (len(clips) - 1) if mean is None else mean
-    level = np.median(np.concatenate(train or [true.envelope for _, true, _ in clips]))
-    return [(made, true._replace(typical=typical(true), level=level), again) for made, true, again in clips]
+    truths = [true for _, true, _ in clips]
+    typical = expected([true.envelope for true in truths], train)
+    usual = iter(expected([true.movement for true in truths if not isinstance(true.movement, str)], moved))
+    level = np.median(np.concatenate(train or [true.envelope for true in truths]))
+    return [(made, true._replace(typical=x, level=level, usual=0 if isinstance(true.movement, str) else next(usual)),
+             again) for x, (made, true, again) in zip(typical, clips)]
+
+
+def expected(curves, train=()):
+    """What to expect of each of N curves (n,), as far as all of them go: the mean of `train`'s, or else of the others."""
+    length = min(map(len, [*curves, *train]), default=0)
+    curves = [x[:length] for x in curves]
+    if train:
+        return [np.mean([x[:length] for x in train], axis=0)] * len(curves)
+    return [(sum(curves) - x) / max(1, len(curves) - 1) for x in curves]
 
 
 # ---------------------------------------------------------------- scores of pairs
@@ -1209,10 +1228,11 @@ def active_counts(made, true):
     return (made & true).sum(), made.sum(), true.sum()
 
 
-def movement_counts(made, true):
-    """(correlation over time of the movement in two pictures, as far as both go, 1), or why there is none."""
-    n = min(len(made.movement), len(true.movement))
-    value = envelope_correlation(made.movement[None, :n], true.movement[None, :n])[0]
+def movement_counts(made, true, usual=None):
+    """(correlation over time of the movement in two pictures, as far as both go, less what is usual, 1), or why there
+    is none."""
+    n = min(map(len, (made.movement, true.movement, true.movement if usual is None else usual)))
+    value = envelope_correlation(made.movement[None, :n], true.movement[None, :n], usual)[0]
     return "a still picture" if np.isnan(value) else (value, 1)
 
 
@@ -1235,7 +1255,9 @@ def measures():
     yield Measure({"envelope correlation": share}, envelopes, envelope_counts)
     yield Measure({"envelope correlation, residual": share}, envelopes, lambda a, b: envelope_counts(a, b, b.typical))
     yield Measure({"activity F1": lambda c: scores(c).f1}, envelopes, active_counts)
-    yield Measure({"movement correlation": share}, ("movement",) * 2, movement_counts)
+    moves = ("movement",) * 2
+    yield Measure({"movement correlation": share}, moves, movement_counts)
+    yield Measure({"movement correlation, residual": share}, moves, lambda a, b: movement_counts(a, b, b.usual))
 
 
 def pair_rows(measure, clips):
@@ -1309,8 +1331,9 @@ def folders(args):
     if len(clips) > 1:
         read = lambda paths: readable(paths, config.sample_rate, args.seconds, left_out)
         train = clip_files(args.train).values() if args.train else ()
-        train = [hear(wave, config).envelope for _, wave in read(train)]
-        clips = add_typical(clips, train)
+        train = {path: envelope(log_mel(torch.from_numpy(wave)[None], config))[0] for path, wave in read(train)}
+        moved = [x for x in (movement(path, args.seconds) for path in train) if not isinstance(x, str)]
+        clips = add_typical(clips, list(train.values()), moved)
         rows = [line for measure in measures() for line in pair_rows(measure, clips)]
     if embed and len(clips) > 1:
         rows += fad_rows(clips, [embed(path, wave) for path, wave in read(others)], result)
@@ -1332,7 +1355,7 @@ def folders_table(result):
     notes += [f"Not asked for: {', '.join(result['not_asked'])}."] if result["not_asked"] else []
     title = (f"{result['generated']} against {result['reference']}: {result['clips']} clips, {result['draws']} draw(s) "
              "of each. ¹ CMMD / nCMMD / MM-Diffusion on AIST++. ² The same outputs against other clips' truths. ³ The "
-             "truth as output: through --vocoder, with its own picture, or a part of the reference against the rest. ⁴ "
+             "truth as output: through --vocoder or --vae, with its own picture, or a part of the reference against the rest. ⁴ "
              "Of being no better than chance, clip by clip (Wilcoxon).")
     return "\n".join([*lines, "", title, *notes])
 
@@ -2036,13 +2059,15 @@ def folders_arguments(command):
     command.add_argument("generated", help="folder of clips, any model's: NAME.mp4, or NAME.0.mp4, NAME.1.mp4 ...")
     command.add_argument("reference", help="folder of the true NAME.mp4")
     command.add_argument("--seconds", type=float, help="compare the first seconds only (default: all)")
-    command.add_argument("--train", help="folder whose mean envelope is to be expected (default: the others')")
+    command.add_argument("--train", help="folder whose mean envelope and movement are to be expected "
+                         "(default: the others')")
     command.add_argument("--embedding", help="for FAD: MODULE:FUNCTION or FILE.py:FUNCTION, wave (S,) at 16 kHz -> "
                          "(n, D), or the name of a model whose embeddings fadtk wrote into the folders")
     command.add_argument("--i3d", help="for FVD and KVD: i3d_torchscript.pt")
     command.add_argument("--frames", type=int, nargs="+", default=[16, 18, 32, 36], help="(default: %(default)s)")
     command.add_argument("--sizes", type=int, nargs="+", default=[64, 128], help="in pixels (default: %(default)s)")
     command.add_argument("--vocoder", help="vocoder.safetensors, for the ceiling: the truth through mel and vocoder")
+    command.add_argument("--vae", help="vae.safetensors, for the ceiling of movement: the truth through it")
     command.add_argument("--batch", type=int, default=8, help="videos that I3D sees at once (default: %(default)s)")
     command.add_argument("--device", help="for I3D (default: cpu)")
     command.add_argument("--out", nargs="+", default=[], help="also write everything to .json, or the rows to .csv")

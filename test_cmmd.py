@@ -3640,6 +3640,7 @@ def test_evaluate_activity_and_movement(tmp_path):
     assert evaluate.active_counts(made, true) == (1, 2, 2)
     assert evaluate.movement_counts(made, true) == (pytest.approx(1), 1)
     assert evaluate.movement_counts(made._replace(movement=np.ones(4)), true) == "a still picture"
+    assert evaluate.movement_counts(made, true, np.array([0.0, 1.0, 0.0, 0.0])) == (pytest.approx(1), 1)
     video = np.zeros((50, 96, 96, 3), np.uint8)
     video[::2, :40] = 255  # the upper part flickers
     video[20:, 60:80, 40:56] = 255
@@ -3665,6 +3666,23 @@ def test_evaluate_envelopes_against_what_is_typical():
     assert len(typical.envelope) == 40 and np.allclose(typical.typical, shape[:40] + 1)
     others = np.mean([true.envelope for k, (_, true, _) in enumerate(clips) if k != 3], axis=0)
     assert np.allclose(evaluate.add_typical(clips)[3][1].typical, others)
+
+
+def test_evaluate_movement_against_what_is_usual():
+    """As all move alike, the plain correlation is high with any clip's movement; the residual is so with its own alone."""
+    rng = np.random.default_rng(0)
+    shape, draw = 5 * rng.standard_normal(50), lambda: shape + rng.standard_normal(50)
+    moves = [draw() for _ in range(60)]
+    clips = [([heard(movement=move + 0.3 * rng.standard_normal(50))], heard(movement=move), None) for move in moves]
+    rows = rows_of(evaluate.add_typical(clips))
+    plain, residual = rows["movement correlation"], rows["movement correlation, residual"]
+    assert plain["value"] > 0.95 and plain["chance"] > 0.9
+    assert residual["value"] > 0.9 and abs(residual["chance"]) < 0.05 and residual["p"] < 1e-9
+    usual = evaluate.add_typical(clips, moved=[shape[:40], shape[:40] + 2])[3][1].usual
+    assert np.allclose(usual, shape[:40] + 1)
+    some = [(made, true._replace(movement="no picture") if k % 2 else true, None) for k, (made, true, _) in enumerate(clips)]
+    row = rows_of(evaluate.add_typical(some))["movement correlation, residual"]
+    assert row["n"] == 30 and row["note"] == "30: no picture" and row["value"] > 0.9
 
 
 def test_evaluate_signed_rank_and_holm():
@@ -3734,6 +3752,11 @@ def test_evaluate_folders_end_to_end(clip_folders, tmp_path, monkeypatch, capsys
     assert true["FAD per sample, median"]["value"] > 0 and true["FVD, 16 frames (64)"]["value"] < 1e-9
     assert "has 20 frames at 10 fps, not 36" in true["FVD, KVD, 36 frames (64)"]["note"]
     assert all(row["n"] == 0 for name, row in true.items() if "beat" in name and "CDCD" not in name)
+    assert true["movement correlation"]["ceiling"] is None
+    assert evaluate.main([words[0], words[0], "--vae", str(WORLDS / "vae.safetensors"), "--train", words[0],
+                          "--out", "vae.json"]) == 0
+    rows = {row["metric"]: row for row in json.loads((tmp_path / "vae.json").read_text())["rows"]}
+    assert 0.5 < rows["movement correlation, residual"]["ceiling"] < 1 and rows["onset F1 ±50 ms"]["ceiling"] is None
 
 
 def test_evaluate_folders_with_draws_and_fadtks_files(clip_folders, tmp_path, capsys):
