@@ -221,11 +221,14 @@ class VAE(nn.Module):
                 mean = mean + torch.exp(log_variance / 2) * noise
             return (mean - shift) * scale
 
-        return _in_chunks(one, frames, chunk, frames.shape[3] * frames.shape[4])
+        with fast_autocast(frames.device):
+            return _in_chunks(one, frames, chunk, frames.shape[3] * frames.shape[4])
 
     @torch.no_grad()
     def decode(self, latents, chunk=None):
-        """Latents (B, T, C, H, W) as `encode` gives them -> frames (B, T, 3, 8H, 8W) in [-1, 1]; `chunk` as there."""
+        """Latents (B, T, C, H, W) as `encode` gives them -> frames (B, T, 3, 8H, 8W) in [-1, 1]; `chunk` as there.
+
+        In float32 throughout: in bf16 the decoder in the box loses 1.2 dB, the encoder nothing."""
         if latents.dim() != 5 or latents.shape[2] != self.config.latent_channels:
             raise ValueError(f"decode needs latents (B, T, {self.config.latent_channels}, H, W); "
                              f"got {tuple(latents.shape)}")
@@ -257,16 +260,15 @@ def to_uint8(frames: torch.Tensor) -> np.ndarray:
 
 
 def _in_chunks(function, x, chunk, pixels):
-    """function over x (B, T, ...) seen as one long row of frames of so many pixels, `chunk` at a time, in the fast
-    arithmetic. Into one result: pieces and their concatenation would take twice its memory."""
+    """function over x (B, T, ...) seen as one long row of frames of so many pixels, `chunk` at a time. Into one result:
+    pieces and their concatenation would take twice its memory."""
     chunk = chunk or max(1, 2 ** (16 if x.device.type == "cpu" else 20) // pixels)
     rows, out, start = x.flatten(0, 1), None, 0  # (B, T, C, H, W) -> (B*T, C, H, W)
-    with fast_autocast(x.device):
-        for part in rows.split(chunk):
-            done = function(part.contiguous(memory_format=torch.channels_last))
-            out = done.new_empty(len(rows), *done.shape[1:]) if out is None else out
-            out[start : start + len(done)] = done
-            start += len(done)
+    for part in rows.split(chunk):
+        done = function(part.contiguous(memory_format=torch.channels_last))
+        out = done.new_empty(len(rows), *done.shape[1:]) if out is None else out
+        out[start : start + len(done)] = done
+        start += len(done)
     return out.unflatten(0, x.shape[:2])
 
 
