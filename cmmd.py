@@ -1,6 +1,7 @@
 """CMMD: contrastive multi-modal diffusion for video-audio conditional modelling (Yang et al., arXiv 2312.05412).
 
-The method of the paper, over tensors: nothing here knows of files of media, frames or waves. In this order:
+The method of the paper, over tensors: nothing here knows of files of media, frames or waves. In this order (the method
+begins at "Schedule"; what stands before it serves all files):
   files        atomic, save, load: weights and their sizes in one safetensors file; others' weights; command lines
   schedule     alpha_bar, diffuse, velocity and back                                    Sec. 2.1
   the model    CMMDConfig, blocks, EasyFusion, CMMD: two U-Nets side by side            Fig. 1
@@ -233,6 +234,16 @@ def torchrun_place():
     return tuple(int(os.environ.get(*pair)) for pair in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
 
 
+def usable_device(name=None):
+    """torch.device of a name; by default a GPU if there is one. ValueError, in one line, where it cannot be used."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=name).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device {name}: cannot be used ({str(error).splitlines()[0]}); try cpu") from None
+    return torch.device(name)
+
+
 def fast_autocast(device):
     """Context: bf16 autocast where that is fast (GPUs from Ampere on, CPUs with native bf16), else plain float32.
 
@@ -261,7 +272,7 @@ def alpha_bar(t):
 def _scales(t, like):
     """sqrt(alpha_bar), sqrt(1 - alpha_bar) of t (B,) or a scalar, shaped to multiply `like` (B, ...)."""
     angle = torch.as_tensor(t, dtype=torch.float32, device=like.device) * (math.pi / 2)
-    angle = angle.reshape(angle.shape + (1,) * (like.dim() - angle.dim())) if angle.dim() else angle
+    angle = angle.reshape(angle.shape + (1,) * (like.dim() - angle.dim()))
     return torch.cos(angle), torch.sin(angle)
 
 
@@ -459,7 +470,7 @@ class VideoBlock(nn.Module):
 
     def forward(self, x, time):
         x = self.space(x, time)
-        B, (_, C, H, W) = len(time), x.shape
+        B, H, W = len(time), *x.shape[2:]
         h = F.silu(self.norm(x)).unflatten(0, (B, -1)).flatten(3).transpose(1, 2)  # (B*T, C, H, W) -> (B, C, T, H*W)
         x = x + self.conv(h).transpose(1, 2).reshape(x.shape)  # (B, C, T, H*W) -> (B*T, C, H, W)
         if self.attention is None:
@@ -540,7 +551,8 @@ class EasyFusion(nn.Module):
         return video + self._to_video(audio, video, write, step), audio + self._to_audio(audio, values, look, step)
 
     def _attend(self, values):
-        """values (N, C, H, W) -> weights to read by, summing to 1, and to write by, of peak 1, each (N, heads, H*W)."""
+        """values (N, C, H, W) -> weights over H*W to read by, a softmax, and to write by, scaled to a maximum of 1:
+        each (N, heads, H*W)."""
         N, _, H, W = values.shape
         if self.score is None:
             even = torch.ones(N, self.config.heads, H * W, device=values.device)
@@ -549,6 +561,7 @@ class EasyFusion(nn.Module):
         return look.softmax(dim=2), (write - write.amax(dim=2, keepdim=True)).exp()
 
     def _to_audio(self, audio, values, look, step):
+        """What is found where the heads look, where that is, and how both move, at the mel's times -> (B, Ca, L)."""
         B, L = len(audio), audio.shape[2]
         N, C, H, W = values.shape
         heads, fps, device = self.config.heads, self.config.fps, audio.device
@@ -563,6 +576,7 @@ class EasyFusion(nn.Module):
         return self.to_audio(torch.cat([crossing, within], dim=1))
 
     def _to_video(self, audio, video, write, step):
+        """What sounds while a frame is shown, and when within it, everywhere and where the map says -> as video."""
         B, L, (N, C, H, W), device = len(audio), audio.shape[2], video.shape, audio.device
         mix = averaging(N // B, L, step, self.config.fps, device)
         with no_autocast(device):
@@ -617,7 +631,8 @@ class Pair(nn.Module):
 
 class NoiseSkip(nn.Module):
     """A path around the U-Net for sound, x (B, M, L) -> the same: x and a local mix of it, each by a gain that the time
-    sets. At low noise the velocity is nearly the noise itself: 80 white channels, which 96 bent ones hardly carry."""
+    sets. At low noise the velocity is almost the input's noise: 80 independent channels, which a U-Net of 96 channels
+    with nonlinearities reproduces badly."""
 
     def __init__(self, bins, embedding):
         super().__init__()
@@ -679,7 +694,7 @@ class CMMD(nn.Module):
         self.video_out = nn.Sequential(nn.GroupNorm(config.groups, video[0]), nn.SiLU(), last_video)
         self.audio_out = nn.Sequential(nn.GroupNorm(config.groups, audio[0]), nn.SiLU(), last_audio)
         self.audio_skip, self.video_skip = NoiseSkip(config.mel_bins, E), StillSkip(config.latent_channels, E)
-        self.to(memory_format=torch.channels_last)  # (B*T, H, W, C) in memory: time is reached without a copy
+        self.to(memory_format=torch.channels_last)  # (B*T, H, W, C) in memory: the temporal reshapes copy nothing
 
     def normalise(self, mel):
         """log10 mel -> about zero mean and unit variance."""
@@ -822,6 +837,8 @@ def draw_negatives(x, shifted, others, dim, shares=(1, 1, 1)):
     sample is drawn as one kind, in these shares: shift; splice, a random left or right part taken from the other clip;
     swap, the other clip."""
     n, length = len(x), x.shape[dim]
+    if not n:
+        return x
     kind = torch.multinomial(torch.tensor(shares, dtype=torch.float32), n, replacement=True)
     split = torch.randint(1, max(length, 2), (n,))
     left = torch.rand(n) < 0.5
@@ -873,16 +890,16 @@ def generate(model: CMMD, video: torch.Tensor | None = None, audio: torch.Tensor
     seeds: one a sample; the same seed gives the same noise on any device and in any batch. Clips longer than a training
     window are cut into windows every `stride` frames, `window_batch` at a time, whose predictions are blended at every
     step. progress(done, steps) is called after each step. ValueError for arguments that do not fit together."""
-    config, given = model.config, _check_request((video, audio), keep, steps, condition, sampler, stochasticity)
+    check_sampling(steps, condition, guidance, stochasticity, sampler)
+    config, given = model.config, _given_whole((video, audio), keep)
     steps = own_steps(given) if steps is None else steps
     device = next(model.parameters()).device
     video, audio = known = [x if x is None else x.to(device).float() for x in (video, audio)]
     H, W = [config.size // 8] * 2 if video is None else video.shape[3:]
-    T, fills = frames, [] if video is None else [video.shape[1]]
+    fills = [] if video is None else [video.shape[1]]
     if audio is not None:  # as many as the mel reaches into
         fills.append(math.floor((audio.shape[2] - 1) * config.hop * config.fps / config.sample_rate + 1e-6) + 1)
-    if given == 0 or T is None and fills:
-        T = fills[0] if given == 0 else max(fills)
+    T = video.shape[1] if given == 0 else max(fills) if frames is None and fills else frames
     if not T or T < 1 or not len(seeds) or any(len(seeds) != len(x) for x in known if x is not None):
         raise ValueError(f"generate needs at least one frame and one seed a sample; got {T} frames, {len(seeds)} seeds")
     windows = Windows(T, config, stride, window_batch)
@@ -920,8 +937,9 @@ def put_back(x, kept):
     return x
 
 
-def _check_request(known, keep, steps, condition, sampler, stochasticity):
-    """Raise ValueError for a request that makes no sense -> which side is given whole: 0 video, 1 audio or None."""
+def _given_whole(known, keep):
+    """Which side is given whole: 0 video, 1 audio or None. ValueError where nothing is left to make, or a mask of what
+    to keep does not fit."""
     whole = [side for side in (0, 1) if known[side] is not None and keep[side] is None]
     if len(whole) == 2:
         raise ValueError("generate was given both video and audio: nothing is left to make; `keep` tells which part to")
@@ -932,15 +950,21 @@ def _check_request(known, keep, steps, condition, sampler, stochasticity):
             got = f"{mask.dtype} {tuple(mask.shape)}"
             raise ValueError(f"generate got a mask {got} to keep of the {name}, expected a boolean one as long as it"
                              + ("" if x is not None else ", but no such side was given"))
-    if steps is not None and steps < 1:
-        raise ValueError(f"steps is {steps}, it must be at least 1")
+    return whole[0] if whole else None
+
+
+def check_sampling(steps, condition, guidance=None, stochasticity=0.0, sampler="ddim"):
+    """Raise ValueError for settings of `generate` that are out of range."""
+    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
+        raise ValueError(f"steps is {steps!r}, expected a whole number of at least 1")
     if condition not in CONDITIONS:
         raise ValueError(f"condition is {condition!r}, expected one of {', '.join(CONDITIONS)}")
+    if guidance is not None and not math.isfinite(guidance):
+        raise ValueError(f"guidance is {guidance!r}, expected a finite number")
     if sampler not in ("ddim", "dpm"):
         raise ValueError(f"sampler is {sampler!r}, expected 'ddim' or 'dpm'")
     if not 0 <= stochasticity <= 1 or (stochasticity and sampler == "dpm"):
         raise ValueError(f"stochasticity is {stochasticity}: expected 0 to 1, and 0 with sampler 'dpm'")
-    return whole[0] if whole else None
 
 
 def integrate(predict, noise, given, times, sampler="ddim", stochasticity=0.0, draw=None, progress=None, shift=1):
@@ -966,8 +990,8 @@ def integrate(predict, noise, given, times, sampler="ddim", stochasticity=0.0, d
 
 
 def sampling_times(steps):
-    """Noise levels from 1 to 0, one more than steps: 1 - (i / steps)^2 (ours). They lie dense at high noise, where it is
-    decided what happens when, and where a training draws most of its times (`draw_times`: 1 - u^2)."""
+    """Noise levels from 1 to 0, one more than steps: 1 - (i / steps)^2 (ours). They lie dense at high noise, where what
+    happens when is decided, and where a training draws most of its times (`draw_times`: 1 - u^2)."""
     return [1 - (i / steps) ** 2 for i in range(steps + 1)]
 
 
@@ -1000,7 +1024,9 @@ def dpm_step(x_t, x_0, x_0_before, t, t_next, t_before):
 
 
 def _predictor(model, windows, known, given, condition, guidance, shift):
-    """How the given side enters, as a function predict(x, t, noise) -> [video, audio] clean, for `integrate`."""
+    """How the given side enters, as a function predict(x, t, noise) -> [video, audio] clean, for `integrate`. In its
+    place the model sees: "clean": itself, at t = 0; "replace" and "guide": itself, noised to t; none given: what has
+    been made of it so far, at t."""
 
     def at(x, times):
         out = windows.velocities(model, x, times, given)
@@ -1025,7 +1051,7 @@ def _predictor(model, windows, known, given, condition, guidance, shift):
         if condition == "replace":
             return at(x, times)
         x_0, gradient = windows.reconstruction_gradient(model, x, times, whole, given)
-        signal = math.cos(times[1 - given] * math.pi / 2)  # sqrt(alpha_bar)
+        signal = _scales(times[1 - given], x_0)[0]  # sqrt(alpha_bar)
         pulled = x_0 - guidance * signal * gradient
         return [None, pulled] if given == 0 else [pulled, None]
 
@@ -1041,12 +1067,19 @@ def push_away(x, blind, guidance):
     x.mul_(before / spread().clamp(min=1e-6))
 
 
+def at_levels(model, parts, times):
+    """The model's velocities of parts = [video, audio] (B, ...), all at the same two noise levels."""
+    B, device = len(parts[0]), parts[0].device
+    with fast_autocast(device):
+        return model(*parts, *(torch.full((B,), float(t), device=device) for t in times))
+
+
 class Windows:
     """Overlapping windows over a canvas of T video frames and the mel frames that go with them.
 
-    Windows are as long as those of the training, 18 frames with 112 mel frames, and start on whole mel frames; the
-    canvas is lengthened by a few frames if need be. Predictions are joined with triangular weights. Memory is bounded
-    by the batch of windows, and the result does not depend on it."""
+    Windows are as long as those of the training, `config.frames` with the mel frames that end within them (18 and 112
+    at 10 fps), and start on whole mel frames; the canvas is lengthened by a few frames if need be. Predictions are
+    joined with triangular weights. Memory is bounded by the batch of windows, and the result does not depend on it."""
 
     def __init__(self, T, config, stride, batch):
         per_frame = config.sample_rate / (config.fps * config.hop)  # mel frames a video frame
@@ -1103,9 +1136,7 @@ class Windows:
         None for the side `given`."""
         out = [None if side == given else torch.zeros_like(x[side]) for side in (0, 1)]
         for pairs in self.batches(len(x[0])):
-            with fast_autocast(x[0].device):
-                t = [torch.full((len(pairs),), float(t), device=x[0].device) for t in times]
-                parts = model(self.cut(x[0], 0, pairs), self.cut(x[1], 1, pairs), *t)
+            parts = at_levels(model, [self.cut(x[side], side, pairs) for side in (0, 1)], times)
             for side in {0, 1} - {given}:
                 self.paste(out[side], parts[side], side, pairs)
         return out
@@ -1120,8 +1151,7 @@ class Windows:
             parts = [self.cut(x[side], side, pairs) for side in (0, 1)]
             with torch.enable_grad():
                 parts[made].requires_grad_(True)
-                with fast_autocast(x[0].device):
-                    v = model(*parts, *(torch.full((len(pairs),), float(t), device=x[0].device) for t in times))
+                v = at_levels(model, parts, times)
                 x_0 = [denoise(part, v_part, t)[0] for part, v_part, t in zip(parts, v, times)]
                 shares = torch.stack([self.weights[given][w] for _, w in pairs]).to(x[0])
                 shares = shares[:, :, None, None, None] if given == 0 else shares[:, None]

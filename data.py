@@ -15,6 +15,7 @@ none, where its sound starts; all times are in seconds from there.
 Letters: T video frames, H W height and width, S samples. Frames are uint8 (T, H, W, 3), waves float32 (S,) in [-1, 1].
 """
 
+import contextlib
 import csv
 import functools
 import math
@@ -1026,8 +1027,9 @@ def _fill(entry, cache, decode, kind, shortest=1, around=0.0):
     sources = [source for source in find_sources(entry, around) if cache not in source.path.parents]
     cache.mkdir(parents=True, exist_ok=True)
     for left in cache.glob(".*.safetensors"):  # by a process that was killed, unless another is writing it
-        if time.time() - left.stat().st_mtime > 86400:
-            left.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # or has just renamed it
+            if time.time() - left.stat().st_mtime > 86400:
+                left.unlink()
     found, rows, skipped, said = {}, [], [], time.monotonic()
     for count, source in enumerate(random.sample(sources, len(sources)), 1):  # each process in its own order
         path = cache / f"{_identity(source, kind)}.safetensors"

@@ -13,7 +13,7 @@ In reading order
     distances between sets frechet, kernel_distance; video_rows (Table 1), audio_distances
     heard and seen         rhythm, motion, av_align, hear: all that is measured of one clip
     folders of clips       match_folders, listen; measures: every score of pairs (Table 2); folders
-    figures                the paper's Fig. 2 and 4
+    figures                the paper's Fig. 2 and 4; how Eq. 6 trained, frames of clips, F1 by steps
     the user study         study_make: the rating page; study_read: MOS, Fig. 5, signed_rank, holm
     vocoder                how near to true sounds vocoders come, over folders of files, beside Griffin-Lim
     ports                  our VAE, vocoder and mel beside the originals: time and memory
@@ -21,7 +21,7 @@ In reading order
     command line           python evaluate.py worlds | pictures | compare | pairs | folders ... (--help)
 
 Letters: B batch, T video frames, C channels, H W latent height and width, M mel bins, L mel frames, S samples,
-N clips, K kinds of ball. Times are seconds. Every figure is printed beside its chance level, its ceiling and n.
+N clips, K kinds of ball. Times are seconds. Every score of clips is printed beside its chance level, its ceiling and n.
 """
 
 import argparse
@@ -49,10 +49,11 @@ import torch
 
 from cmmd import (
     CMMD, CONDITIONS, SIZES, CMMDConfig, Parser, atomic, contrastive_loss, fast_autocast, generate, joint_loss,
-    json_object, levels, own_steps, whole_mel_frames)
+    json_object, levels, own_steps, sample as door, usable_device, whole_mel_frames)
 from cmmd.data import (
     KIND_HUE, KIND_PITCH, SOUND_TYPES, TEMPI, TRAINING_SEED, VIDEO_TYPES, WORLDS, bounce, check_output, dance,
     find_sources, probe, read_audio, read_video, share_of, write_clip)
+from cmmd.sample import load_models
 from cmmd.vae import VAE, load as load_vae, to_frames, to_uint8
 from cmmd.vocoder import (
     Vocoder, VocoderConfig, fold_weight_norm, griffin_lim, load as load_vocoder, log_mel, multi_resolution_stft,
@@ -74,6 +75,46 @@ BALL_REST = 0.2  # s, less than any ball's time between two touches
 
 TOLERANCES = (0.05, 0.1)  # s
 TEST_SEED = 0  # first seed of the test clips; settings are chosen on validation clips, from seed 500_000 on
+
+
+# ---------------------------------------------------------------- tables and results
+
+def table(head, rows):
+    """The lines of a markdown table."""
+    line = lambda cells: f"| {' | '.join(map(str, cells))} |"
+    return [line(head), "|---" * len(head) + "|", *map(line, rows)]
+
+
+def span(value, interval):
+    """A figure and its 95 % interval, as the tables have them."""
+    return f"{value:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"
+
+
+def machine(device=None):
+    """One line on what the figures were measured with: a GPU where `device`, by default any there is, is one."""
+    gpu = torch.cuda.is_available() and torch.device(device or "cuda").type == "cuda"
+    name = torch.cuda.get_device_name() if gpu else platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def write_result(path, result):
+    """Everything as .json, or the rows as .csv."""
+    with atomic(path) as temporary, open(temporary, "w", newline="") as file:
+        if Path(path).suffix == ".json":
+            json.dump(finite(result), file, indent=1, allow_nan=False)
+        else:
+            rows = csv.DictWriter(file, result["rows"][0])
+            rows.writeheader()
+            rows.writerows(result["rows"])
+
+
+def finite(result):
+    """The same, with None (JSON's null) for every NaN and infinity."""
+    if isinstance(result, dict):
+        return {key: finite(value) for key, value in result.items()}
+    if isinstance(result, (list, tuple)):
+        return [finite(value) for value in result]
+    return None if isinstance(result, float) and not np.isfinite(result) else result
 
 
 # ---------------------------------------------------------------- matching and scores
@@ -449,7 +490,7 @@ class Worlds:
         both = self.make == "both"
         clips = [picture_events(video, self.fps, self.name) for video in videos] if both else self.clips
         found = self.heard(waves)
-        row = {"sound": name} | event_row(found, [clip.times for clip in clips])
+        row = {"name": name} | event_row(found, [clip.times for clip in clips])
         if self.embed:
             row["frechet"] = frechet(self.fit(waves), self.true_fit)
         if self.name == "bounce":
@@ -501,14 +542,12 @@ class Worlds:
 
 def worlds(args):
     """The command `worlds`: print, and with --out write, the table over held-out clips."""
-    check_out(args.out)
     check_seeds(args)
     if args.world == "dance" and args.make != "picture":
         if args.seconds < BEAT_SECONDS:
             raise ValueError(f"--seconds {args.seconds:g}: beats in sounds are tracked in {BEAT_SECONDS} s or more")
         extra("librosa")
     embed = embedder(args.embedding) if args.embedding else None
-    from cmmd.sample import load_models
     models = load_models(args.weights, args.device)
     settings = {key: getattr(args, key) for key in ("steps", "guidance", "stochasticity", "sampler")
                 if getattr(args, key) is not None}
@@ -530,9 +569,7 @@ def worlds(args):
         result |= {"rows": rows, "of_ceiling": of_ceiling(rows), **world.quality()}
     if args.world == "dance" and args.make == "sound":
         result["beats"] = beat_rows(rows)
-    print(worlds_table(result))
-    if args.out:
-        write_result(args.out, result)
+    return worlds_table(result), result
 
 
 def world_files(args):
@@ -553,16 +590,11 @@ def of_ceiling(rows):
     ratio = lambda pooled: scores(pooled[..., 0, :]).f1 / scores(pooled[..., 1, :]).f1
     lines = []
     for row in rows[2:]:
-        lines.append({"name": row_name(row)})
+        lines.append({"name": row["name"]})
         for ms in (50, 100):
             counts = np.stack([row[f"counts_{ms}"], rows[1][f"counts_{ms}"]], axis=1)  # (N, 2, counts)
             lines[-1] |= {f"share_{ms}": float(ratio(counts.sum(0))), f"interval_{ms}": bootstrap(counts, ratio)}
     return lines
-
-
-def row_name(row):
-    """What a row of event_table is called."""
-    return row["pictures"] if "pictures" in row else row["sound"]
 
 
 def beat_rows(rows):
@@ -571,7 +603,7 @@ def beat_rows(rows):
     hearing = lambda beats: Heard(*[None] * 2, np.array(beats), *[None] * 4)
     true, through, *made = ([hearing(beats) for beats in row["onsets"]] for row in rows)
     clips = [[([x], y, again) for x, y, again in zip(one, true, through)] for one in made]
-    lines = [(row_name(row), line) for row, one in zip(rows[2:], clips) for measure in measures()
+    lines = [(row["name"], line) for row, one in zip(rows[2:], clips) for measure in measures()
              if measure.needs[0] == "beats" for line in pair_rows(measure, one)]
     return [line | {"metric": f"{name}: {line['metric']}"} for name, line in lines]
 
@@ -579,9 +611,7 @@ def beat_rows(rows):
 @torch.no_grad()
 def pictures(args):
     """The command `pictures`: print, and with --out write, how well `picture_events` reads the frames of true clips."""
-    check_out(args.out)
     check_seeds(args)
-    from cmmd.sample import load_models
     vae, rows = load_models(args.weights, args.device).vae, []
     device = next(vae.parameters()).device
     for world in (bounce, dance):
@@ -591,11 +621,10 @@ def pictures(args):
         rows += [picture_row(f"{world.__name__}, {name}", videos, clips, world.__name__)
                  for name, videos in (("true", true), ("through the VAE", coded))]
     last = args.seed_start + args.n - 1
-    print("\n".join([*event_table(rows, "pictures", "kind"), "", f"n = {args.n} clips of {args.seconds} s, seeds "
-                     f"{args.seed_start} to {last}; VAE of {args.weights}; {machine(args.device)}."]))
-    if args.out:
-        write_result(args.out, {"n": args.n, "seeds": [args.seed_start, last], "seconds": args.seconds,
-                                "weights": args.weights, "machine": machine(args.device), "rows": rows})
+    text = [*event_table(rows, "pictures", "kind"), "", f"n = {args.n} clips of {args.seconds} s, seeds "
+            f"{args.seed_start} to {last}; VAE of {args.weights}; {machine(args.device)}."]
+    return "\n".join(text), {"n": args.n, "seeds": [args.seed_start, last], "seconds": args.seconds,
+                             "weights": args.weights, "machine": machine(args.device), "rows": rows}
 
 
 def picture_row(name, videos, clips, world):
@@ -604,26 +633,21 @@ def picture_row(name, videos, clips, world):
     for (times, kinds), clip in zip(found, clips):
         pairs = match(times, clip.times, TOLERANCES[0])
         right.append((sum(kinds[i] == clip.kinds[j] for i, j in pairs), len(pairs)))
-    row = {"pictures": name} | event_row([times for times, _ in found], [clip.times for clip in clips])
+    row = {"name": name} | event_row([times for times, _ in found], [clip.times for clip in clips])
     return row | {"kind": float(share(np.sum(right, 0))), "kind_interval": bootstrap(right, share)}
 
 
 def event_table(rows, what, right):
     """The lines of a markdown table of `event_row`s: `what` is shown, and of the matched ones `right` is right, where
     that is known."""
-    known = right in rows[0]
-    head = f"| {what} | F1 ±50 ms [95 %] | chance | F1 ±100 ms [95 %] | chance |" + f" {right} right [95 %] |" * known
-    lines = [head, "|---" * (5 + known) + "|"]
+    known, lines = right in rows[0], []
     for row in rows:
-        cells = [f"{span(row[f'f1_{ms}'], row[f'interval_{ms}'])} | {row[f'chance_{ms}']:.3f}" for ms in (50, 100)]
-        cells += [span(row[right], row[f"{right}_interval"])] if known else []
-        lines.append(f"| {row[what]} | {' | '.join(cells)} |")
-    return lines
-
-
-def span(value, interval):
-    """A figure and its 95 % interval, as the tables have them."""
-    return f"{value:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"
+        lines.append([row["name"]])
+        for ms in (50, 100):
+            lines[-1] += [span(row[f"f1_{ms}"], row[f"interval_{ms}"]), f"{row[f'chance_{ms}']:.3f}"]
+        lines[-1] += [span(row[right], row[f"{right}_interval"])] if known else []
+    head = [what, "F1 ±50 ms [95 %]", "chance", "F1 ±100 ms [95 %]", "chance", f"{right} right [95 %]"]
+    return table(head if known else head[:-1], lines)
 
 
 def worlds_table(result):
@@ -644,7 +668,7 @@ def worlds_table(result):
              f"STFT distance {vocoder['stft']:.3f} ({slow['stft']:.3f})."]
     if "frechet" in result["rows"][0]:
         lines.append(f"Fréchet distances to the true sounds, on {result['embedding']}: " + ", ".join(
-            f"{row_name(row)} {row['frechet']:.2f}" for row in result["rows"][1:]) + ".")
+            f"{row['name']} {row['frechet']:.2f}" for row in result["rows"][1:]) + ".")
     for row in result["of_ceiling"]:
         at = [f"{span(row[f'share_{ms}'], row[f'interval_{ms}'])} at ±{ms} ms" for ms in (50, 100)]
         lines.append(f"{row['name']}: F1 ÷ chain ceiling {', '.join(at)}.")
@@ -655,22 +679,9 @@ def worlds_table(result):
     if "variety" in result:
         made, world = result["variety"]["made"], result["variety"]["world"]
         figures = lambda values: ", ".join(f"{value:.3g}" for value in values)
-        lines += ["", "| variety | made | the world's own |", "|---" * 3 + "|"]
-        lines += [f"| {key} | {figures(made[key])} | {figures(world[key])} |" for key in made]
+        lines += ["", *table(["variety", "made", "the world's own"],
+                             [(key, figures(made[key]), figures(world[key])) for key in made])]
     return "\n".join(lines)
-
-
-def machine(device=None):
-    """One line on what the figures were measured with: a GPU where `device`, by default any there is, is one."""
-    gpu = torch.cuda.is_available() and torch.device(device or "cuda").type == "cuda"
-    name = torch.cuda.get_device_name() if gpu else platform.processor() or platform.machine()
-    return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
-
-
-def check_out(path):
-    """Refuse, before any work, an --out that `write_result` could not write."""
-    if path:
-        check_output(path, (".json", ".csv"))
 
 
 def compare(args):
@@ -678,10 +689,10 @@ def compare(args):
     (one, other), lines = [json.loads(Path(path).read_text()) for path in args.results], []
     if any(one.get(key) != other.get(key) for key in ("seeds", "seconds", "world", "make")):
         raise ValueError(f"{args.results[1]}: has other clips than {args.results[0]}; make both with the same seeds")
-    rows = [{row_name(row): row for row in x["rows"]} for x in (one, other)]
-    for path, x in zip(args.results, rows):
-        if any("counts_50" not in row for row in x.values()):
+    for path, x in zip(args.results, (one, other)):
+        if any("counts_50" not in row or "name" not in row for row in x["rows"]):
             raise ValueError(f"{path}: has no counts of single clips; make it anew with `evaluate.py worlds`")
+    rows = [{row["name"]: row for row in x["rows"]} for x in (one, other)]
     for name in [name for name in rows[0] if name in rows[1] and not name.startswith("true")]:
         for ms in (50, 100):
             counts = np.stack([x[name][f"counts_{ms}"] for x in rows], axis=1)  # (N, 2, counts)
@@ -702,26 +713,6 @@ def check_seeds(args):
         raise ValueError(f"seeds up to {args.seed_start + args.n - 1}: those from {TRAINING_SEED} on are trained on")
 
 
-def write_result(path, result):
-    """Everything as .json, or the rows as .csv."""
-    with atomic(path) as temporary, open(temporary, "w", newline="") as file:
-        if Path(path).suffix == ".json":
-            json.dump(finite(result), file, indent=1, allow_nan=False)
-        else:
-            table = csv.DictWriter(file, result["rows"][0])
-            table.writeheader()
-            table.writerows(result["rows"])
-
-
-def finite(result):
-    """The same, with None (JSON's null) for every NaN and infinity."""
-    if isinstance(result, dict):
-        return {key: finite(value) for key, value in result.items()}
-    if isinstance(result, (list, tuple)):
-        return [finite(value) for value in result]
-    return None if isinstance(result, float) and not np.isfinite(result) else result
-
-
 # ---------------------------------------------------------------- right and wrong pairs
 
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # noise levels t, one for both sides (P), but for the model's shift
@@ -730,9 +721,7 @@ CANDIDATES = 16
 
 def pairs(args):
     """The command `pairs`: does the loss tell right pairs from wrong ones? Losses by t, and retrieval by loss."""
-    check_out(args.out)
     check_seeds(args)
-    from cmmd.sample import load_models
     models, span = load_models(args.weights, args.device), 0.4  # s on either side, for shifted sounds
     config, front = models.cmmd.config, models.vocoder.config
     seconds, rate = config.frames / config.fps, config.sample_rate
@@ -754,9 +743,7 @@ def pairs(args):
             ("video", "audio"), levels_loss(models.cmmd, latents, sound, t).mean(0))}} for t in LEVELS]
     result = {"n": args.n, "weights": args.weights, "machine": machine(args.device), "rows": rows,
               **retrieval(models.cmmd, latents, mel)}
-    print(pairs_table(result))
-    if args.out:
-        write_result(args.out, result)
+    return pairs_table(result), result
 
 
 @torch.no_grad()
@@ -788,8 +775,8 @@ def retrieval(model, latents, mel):
 def pairs_table(result):
     """The markdown table, and the line below it."""
     names = [f"{side}_{name}" for side in ("video", "audio") for name in ("right", "shifted", "swapped")]
-    lines = [f"| t | {' | '.join(name.replace('_', ', ') for name in names)} |", "|---" * 7 + "|"]
-    lines += [f"| {row['t']} | {' | '.join(f'{row[name]:.3f}' for name in names)} |" for row in result["rows"]]
+    lines = table(["t", *(name.replace("_", ", ") for name in names)],
+                  [(row["t"], *(f"{row[name]:.3f}" for name in names)) for row in result["rows"]])
     return "\n".join(lines + ["", f"Mean squared velocity errors, n = {result['n']}. The right one of {CANDIDATES} "
                               f"sounds has the lowest loss: {result['retrieval']:.3f}, by the video's alone "
                               f"{result['retrieval_by_video']:.3f} (n = {result['retrieval_n']}, chance "
@@ -802,7 +789,6 @@ def speed(args):
     """The command `speed`: a markdown table, each length in a fresh process."""
     if args.child:
         return print(json.dumps(timed_sample(args)))
-    check_out(args.out)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for seconds in args.seconds:
@@ -811,10 +797,19 @@ def speed(args):
             device = ["--device", args.device] if args.device else []
             rows.append({"seconds": seconds, **in_process("speed", "--child", path, "--steps", args.steps,
                                                           "--weights", args.weights, *device)})
-    print(speed_table(rows, args))
-    if args.out:
-        write_result(args.out, {"weights": args.weights, "steps": args.steps, "machine": machine(args.device),
-                                "rows": rows})
+    return speed_table(rows, args), {"weights": args.weights, "steps": args.steps, "machine": machine(args.device),
+                                     "rows": rows}
+
+
+def timed(calls, repeats, clock=time.perf_counter, wait=lambda: None):
+    """Seconds of each of several calls, taken in turns -> a list for each. wait() is for a GPU to end its work."""
+    spent = [[] for _ in calls]
+    for _, (call, seconds) in itertools.product(range(repeats), zip(calls, spent)):
+        start = clock()
+        call()
+        wait()
+        seconds.append(clock() - start)
+    return spent
 
 
 def in_process(*words, env=None):
@@ -831,10 +826,9 @@ def timed_sample(args):
     """Seconds by stage of `sample` on the video file args.child, weights loaded before, and peak memory in MiB.
 
     It is `sample` itself that runs, with a stopwatch around what it calls; "other" is what lies between."""
-    from cmmd import sample as door
     spent = dict.fromkeys(("read", "encode", "generate", "decode", "write"), 0.0)
 
-    def timed(stage, function):
+    def watched(stage, function):
         def call(*arguments, **options):
             start = time.perf_counter()
             try:
@@ -846,12 +840,12 @@ def timed_sample(args):
         return call
 
     models = door.load_models(args.weights, args.device)
-    models.vae.encode = timed("encode", models.vae.encode)
-    models.vocoder.forward = timed("decode", models.vocoder.forward)
-    door.generate, door._video_input = timed("generate", door.generate), timed("read", door._video_input)
+    models.vae.encode = watched("encode", models.vae.encode)
+    models.vocoder.forward = watched("decode", models.vocoder.forward)
+    door.generate, door._video_input = watched("generate", door.generate), watched("read", door._video_input)
     start = time.perf_counter()
     clip = door.sample(args.child, steps=args.steps, models=models)
-    timed("write", clip.save)(Path(args.child).with_suffix(".out.mp4"))
+    watched("write", clip.save)(Path(args.child).with_suffix(".out.mp4"))
     total = time.perf_counter() - start
     spent["read"] -= spent["encode"]  # frames are encoded while they are read
     return {**spent, "other": total - sum(spent.values()), "total": total, "peak_mib": peak_memory()}
@@ -874,10 +868,9 @@ def peak_memory():
 def speed_table(rows, args):
     """One line per length, in seconds."""
     stages = [key for key in rows[0] if key not in ("seconds", "peak_mib")]
-    lines = [f"| video | {' | '.join(stages)} | per second of video | peak memory |", "|---" * (len(stages) + 3) + "|"]
-    for row in rows:
-        cells = [f"{row[stage]:.2f}" for stage in stages] + [f"{row['total'] / row['seconds']:.3f}"]
-        lines.append(f"| {row['seconds']:g} s | {' | '.join(cells)} | {row['peak_mib']:.0f} MiB |")
+    lines = table(["video", *stages, "per second of video", "peak memory"], [
+        (f"{row['seconds']:g} s", *(f"{row[stage]:.2f}" for stage in stages), f"{row['total'] / row['seconds']:.3f}",
+         f"{row['peak_mib']:.0f} MiB") for row in rows])
     return "\n".join(lines + ["", "Seconds, after import and loading, one fresh process per length; "
                               f"weights {args.weights}, {args.steps} steps; {machine(args.device)}."])
 
@@ -930,8 +923,9 @@ def video_logits(i3d, paths, frames, size, batch, device):
 
 def load_i3d(path, device):
     """The I3D TorchScript file that the user has; ValueError for another."""
+    device = usable_device(device or "cpu")
     try:
-        return torch.jit.load(path, map_location=device or "cpu").eval()
+        return torch.jit.load(path, map_location=device).eval()
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{path}: no TorchScript file ({reason}); give i3d_torchscript.pt") from None
@@ -1002,8 +996,8 @@ ROTATIONS = 20  # wrong pairings of all clips that chance is the mean of
 # Of one clip: onset times (s), envelope (L,), beat times, seconds that hold an onset, times of AV-Align's peaks in
 # sound and picture, embeddings (n, D), movement (T - 1,), the envelope to be expected, the level above which there is
 # activity, the movement to be expected. Where there is none, a string says why.
-Heard = namedtuple("Heard", "onsets envelope beats bins sound_peaks motion_peaks embedding movement typical level usual",
-                   defaults=("no picture", 0, 0, 0))
+Heard = namedtuple("Heard", "onsets envelope beats bins sound_peaks motion_peaks embedding movement typical level "
+                            "usual", defaults=("no picture", 0, 0, 0))
 Pair = namedtuple("Pair", "name generated reference")  # paths of K draws and of the truth
 
 
@@ -1046,15 +1040,20 @@ def motion(path, seconds=None, size=128):
 
 @torch.no_grad()
 def movement(path, seconds=None, vae=None, fps=25, size=64):
-    """How much a file's picture, through `vae` if given, changes from frame to frame in its lower middle, where a
-    speaker's mouth is, (T - 1,): mean absolute difference; a string where there is no picture."""
+    """`lower_movement`, where a speaker's mouth is, of a file's picture, through `vae` if given -> (T - 1,); a string
+    where there is no picture."""
     try:
         video = read_video(path, fps, size, seconds=seconds)
     except ValueError as error:
         return str(error)
-    video = to_uint8(vae.decode(vae.encode(to_frames(video[None]))))[0] if vae else video
-    video = video[:, size // 2 :, size // 4 : -size // 4]
-    return np.abs(np.diff(video.astype(np.float64), axis=0)).mean(axis=(1, 2, 3))
+    return lower_movement(to_uint8(vae.decode(vae.encode(to_frames(video[None]))))[0] if vae else video)
+
+
+def lower_movement(frames):
+    """Frames uint8 (..., T, H, W, 3) -> mean absolute change from frame to frame in the lower middle (..., T - 1)."""
+    H, W = frames.shape[-3:-1]
+    part = frames[..., H // 2 :, W // 4 : W - W // 4, :].astype(np.float64)
+    return np.abs(np.diff(part, axis=-4)).mean(axis=(-3, -2, -1))
 
 
 def flow_peaks(flow):
@@ -1145,7 +1144,7 @@ def listen(pairs, args, embed, config):
         seen = [(truth[0] if isinstance(moved, str) else peaks, moved) for peaks, moved in seen]  # a sound: truth's
         *made, true = (hear(wave, config, peaks, embed(path, wave) if embed else ())._replace(movement=moved)
                        for wave, path, (peaks, moved) in zip(waves, paths, [*seen, truth]))
-        again = Heard(*["no vocoder was given"] * 7)
+        again = Heard(*["no vocoder was given"] * 7)._replace(sound_peaks=true.sound_peaks)
         if vocoder:
             again = hear(through_vocoder(waves[-1], vocoder), config, truth[0])
         if vae:
@@ -1186,7 +1185,7 @@ def add_typical(clips, train=(), moved=()):
 
 
 def expected(curves, train=()):
-    """What to expect of each of N curves (n,), as far as all of them go: the mean of `train`'s, or else of the others."""
+    """What to expect of each of N curves (n,), as far as all go: the mean of `train`'s, or else of the others."""
     length = min(map(len, [*curves, *train]), default=0)
     curves = [x[:length] for x in curves]
     if train:
@@ -1318,8 +1317,6 @@ def fad_rows(clips, others, result):
 
 def folders(args):
     """The command `folders`: one table over two folders of clips, the paper's values beside."""
-    for path in args.out:
-        check_out(path)
     embed = embedder(args.embedding, files=True) if args.embedding else None
     i3d = load_i3d(args.i3d, args.device) if args.i3d else None
     config, result = VocoderConfig(), {"generated": args.generated, "reference": args.reference}
@@ -1332,6 +1329,9 @@ def folders(args):
         read = lambda paths: readable(paths, config.sample_rate, args.seconds, left_out)
         train = clip_files(args.train).values() if args.train else ()
         train = {path: envelope(log_mel(torch.from_numpy(wave)[None], config))[0] for path, wave in read(train)}
+        least = min(len(true.envelope) for _, true, _ in clips)
+        left_out += [f"{path}: shorter than the clips" for path, x in train.items() if len(x) < least]
+        train = {path: x for path, x in train.items() if len(x) >= least}
         moved = [x for x in (movement(path, args.seconds) for path in train) if not isinstance(x, str)]
         clips = add_typical(clips, list(train.values()), moved)
         rows = [line for measure in measures() for line in pair_rows(measure, clips)]
@@ -1342,9 +1342,7 @@ def folders(args):
                "left_out": [*left_out, *(f"{path}: not in {args.reference}" for path in unmatched)], "rows": rows}
     asked = {"FAD (--embedding)": embed, "FVD, KVD (--i3d)": i3d}
     result["not_asked"] = [name for name, given in asked.items() if not given]
-    print(folders_table(result))
-    for path in args.out:
-        write_result(path, result)
+    return folders_table(result), result
 
 
 def folders_table(result):
@@ -1355,21 +1353,21 @@ def folders_table(result):
     notes += [f"Not asked for: {', '.join(result['not_asked'])}."] if result["not_asked"] else []
     title = (f"{result['generated']} against {result['reference']}: {result['clips']} clips, {result['draws']} draw(s) "
              "of each. ¹ CMMD / nCMMD / MM-Diffusion on AIST++. ² The same outputs against other clips' truths. ³ The "
-             "truth as output: through --vocoder or --vae, with its own picture, or a part of the reference against the rest. ⁴ "
-             "Of being no better than chance, clip by clip (Wilcoxon).")
+             "truth as output: through --vocoder or --vae, with its own picture, or a part of the reference against the "
+             "rest. ⁴ Of being no better than chance, clip by clip (Wilcoxon).")
     return "\n".join([*lines, "", title, *notes])
 
 
 def score_table(rows):
     """The lines of a markdown table of `row`s."""
-    lines = ["| metric | paper¹ | ours [95 %] | chance² | p⁴ | ceiling³ | n | skipped, notes |", "|---" * 8 + "|"]
+    lines = []
     digits = lambda x: "–" if x is None or np.isnan(x) else f"{x:.3f}" if abs(x) < 10 else f"{x:.1f}"
     for line in rows:
         interval = "" if line["low"] is None else f" [{digits(line['low'])}, {digits(line['high'])}]"
-        lines.append(f"| {line['metric']} | {line['paper']} | {digits(line['value'])}{interval} | "
-                     f"{digits(line['chance'])} | {'–' if line['p'] is None else format(line['p'], '.1g')} | "
-                     f"{digits(line['ceiling'])} | {line['n']} | {line['note']} |")
-    return lines
+        p = "–" if line["p"] is None else format(line["p"], ".1g")
+        lines.append((line["metric"], line["paper"], digits(line["value"]) + interval, digits(line["chance"]), p,
+                      digits(line["ceiling"]), line["n"], line["note"]))
+    return table(["metric", "paper¹", "ours [95 %]", "chance²", "p⁴", "ceiling³", "n", "skipped, notes"], lines)
 
 
 # ---------------------------------------------------------------- figures
@@ -1450,7 +1448,7 @@ def draw_steps(drawing, files):
         if "settings" not in result or "counts_50" not in result["rows"][0]:
             raise ValueError(f"{path}: no result of worlds; make it with: worlds ... --steps N --out {path}")
         for row in result["rows"][2:]:
-            name = f"{row_name(row)}, {'DPM-Solver++' if result['settings'].get('sampler') == 'dpm' else 'DDIM'}"
+            name = f"{row['name']}, {'DPM-Solver++' if result['settings'].get('sampler') == 'dpm' else 'DDIM'}"
             lines.setdefault(name, []).append((result["settings"]["steps"], row["f1_50"], *row["interval_50"]))
     for name, points in lines.items():
         steps, f1, low, high = np.array(sorted(points)).T
@@ -1590,17 +1588,20 @@ def read_ratings(files, keys):
 def study_read(args):
     """`study read`: mean opinion scores and tests between models over raters, and Fig. 5."""
     means = read_ratings([file for file in args.files if file not in args.key], args.key)
-    print("| question | model | MOS | median | range | raters |\n" + "|---" * 6 + "|")
+    opinions = []
     for (question, model), raters in sorted(means.items()):
         x = list(raters.values())
-        figures = f"{np.mean(x):.2f} | {np.median(x):.2f} | {min(x):.2f}–{max(x):.2f} | {len(x)}"
-        print(f"| {question} | {model} | {figures} |")
+        figures = f"{np.mean(x):.2f}", f"{np.median(x):.2f}", f"{min(x):.2f}–{max(x):.2f}", len(x)
+        opinions.append((question, model, *figures))
     pairs = [(a, b) for a, b in itertools.combinations(sorted(means), 2) if a[0] == b[0]]
     tests = [signed_rank([means[a][r] - means[b][r] for r in means[a] if r in means[b]]) for a, b in pairs]
-    print("\n| question | models | W | n | zeros | p | p, Holm |\n" + "|---" * 7 + "|")
-    for ((question, one), (_, two)), (w, p, n, zeros), q in zip(pairs, tests, holm([test[1] for test in tests])):
-        print(f"| {question} | {one} – {two} | {w:g} | {n} | {zeros} | {p:.4f} | {q:.4f} |")
-    print("\nMeans per rater. Wilcoxon signed-rank: two-sided, exact, midranks, zeros dropped; Holm over all tests.")
+    holms = holm([test[1] for test in tests])
+    compared = [(question, f"{one} – {two}", f"{w:g}", n, zeros, f"{p:.4f}", f"{q:.4f}")
+                for ((question, one), (_, two)), (w, p, n, zeros), q in zip(pairs, tests, holms)]
+    print("\n".join([*table(["question", "model", "MOS", "median", "range", "raters"], opinions), "",
+                     *table(["question", "models", "W", "n", "zeros", "p", "p, Holm"], compared), "",
+                     "Means per rater. Wilcoxon signed-rank: two-sided, exact, midranks, zeros dropped; Holm over all "
+                     "tests."]))
     if args.figure:
         draw(draw_mos, means, args.figure)
 
@@ -1619,7 +1620,6 @@ def draw_mos(drawing, means):
 
 def vocoder(args):
     """The command `vocoder`: how near to true sounds Griffin-Lim and vocoders come, folder by folder."""
-    check_out(args.out)
     networks = {path: load_vocoder(path) for path in args.weights}
     front = {tuple(asdict(network.config)[name] for name in FRONT) for network in networks.values()}
     if len(front) > 1:
@@ -1635,9 +1635,7 @@ def vocoder(args):
             row = {"data": entry, "n": len(waves), "sound": name}
             rows.append(row | vocoder_row(way, waves, config, embed, truth))
             print(f"{entry}: {name} done", file=sys.stderr, flush=True)
-    print(vocoder_table(rows, args))
-    if args.out:
-        write_result(args.out, {"settings": {key: str(value) for key, value in vars(args).items()}, "rows": rows})
+    return vocoder_table(rows, args), {"settings": {key: str(value) for key, value in vars(args).items()}, "rows": rows}
 
 
 FRONT = ("sample_rate", "n_fft", "hop", "mel_bins", "f_min", "f_max")  # what makes two vocoders' mels the same
@@ -1693,10 +1691,9 @@ def vocoder_row(way, waves, config, embed, truth):
 
 def vocoder_table(rows, args):
     """One line per folder and way."""
-    lines = ["| sounds | n | made by | mel L1 [95 %] | STFT distance [95 %] | Fréchet distance |", "|---" * 6 + "|"]
-    for row in rows:
-        cells = [span(row[key], row[f"{key}_interval"]) for key in ("mel_l1", "stft")]
-        lines.append(f"| {row['data']} | {row['n']} | {row['sound']} | {' | '.join(cells)} | {row['frechet']:.2f} |")
+    lines = table(["sounds", "n", "made by", "mel L1 [95 %]", "STFT distance [95 %]", "Fréchet distance"], [
+        (row["data"], row["n"], row["sound"], *(span(row[key], row[f"{key}_interval"]) for key in ("mel_l1", "stft")),
+         f"{row['frechet']:.2f}") for row in rows])
     return "\n".join(lines + ["", f"Up to {args.seconds:g} s of every sound; Fréchet distance on embeddings of "
                                   f"{args.embedding or 'nothing (--embedding)'}; {machine('cpu')}."])
 
@@ -1711,7 +1708,6 @@ def ports(args):
     torch.set_num_threads(args.threads)
     if args.child:
         return print(json.dumps(memory_of_call(port_pair(args.child[0], args)[args.child[1] == "theirs"])))
-    check_out(args.out)
     if "MelGAN" in args.only and not args.melgan:
         print("MelGAN is left out: it needs --melgan, a clone of descriptinc/melgan-neurips", file=sys.stderr)
     rows = [port_row(what, args) for what in PORTS if what in args.only and (what != "MelGAN" or args.melgan)]
@@ -1719,9 +1715,7 @@ def ports(args):
     long = {n: port_memory("VAE decode", "ours", n, 32, args) for n in lengths}
     result = {"frames": args.frames, "size": args.size, "repeats": args.repeats, "machine": machine("cpu"),
               "rows": rows, "long": long}
-    print(ports_table(result))
-    if args.out:
-        write_result(args.out, result)
+    return ports_table(result), result
 
 
 def port_pair(what, args):
@@ -1736,7 +1730,8 @@ def port_pair(what, args):
 
 
 def vae_pair(what, frames, size):
-    """Our VAE and diffusers', published sizes, random weights; both in the fast arithmetic."""
+    """Our VAE and diffusers', published sizes, random weights; both encode in the fast arithmetic and decode in
+    float32."""
     from diffusers import AutoencoderKL
     ours = VAE().eval()
     c = ours.config
@@ -1745,15 +1740,19 @@ def vae_pair(what, frames, size):
     theirs.load_state_dict(ours.state_dict())
     theirs.eval()
 
-    def call(function):
-        with torch.no_grad(), fast_autocast("cpu"):
-            return function()
-
-    if what == "VAE encode":
-        x = torch.rand(1, frames, 3, size, size) * 2 - 1
-        return lambda: ours.encode(x), lambda: call(lambda: theirs.encode(x[0]).latent_dist.mode() * c.scale)[None]
+    x = torch.rand(1, frames, 3, size, size) * 2 - 1
     z = torch.randn(1, frames, c.latent_channels, size // c.factor, size // c.factor)
-    return lambda: ours.decode(z), lambda: call(lambda: theirs.decode(z[0] / c.scale).sample.clamp(-1, 1))[None]
+
+    @torch.no_grad()
+    def encode():
+        with fast_autocast("cpu"):
+            return theirs.encode(x[0]).latent_dist.mode()[None] * c.scale
+
+    @torch.no_grad()
+    def decode():
+        return theirs.decode(z[0] / c.scale).sample.clamp(-1, 1)[None]
+
+    return (lambda: ours.encode(x), encode) if what == "VAE encode" else (lambda: ours.decode(z), decode)
 
 
 def melgan_pair(clone):
@@ -1794,13 +1793,9 @@ def port_row(what, args):
     """One comparison: medians of interleaved repeats in this process, peak memory of each in a fresh one.
 
     Times are of the processor, so what else a machine does counts little; they are seconds where threads are 1."""
-    pair, seconds = port_pair(what, args), ([], [])
+    pair = port_pair(what, args)
     apart = float((pair[0]() - pair[1]()).abs().max())  # also warms up
-    for _ in range(args.repeats):
-        for side, spent in zip(pair, seconds):
-            start = time.process_time()
-            side()
-            spent.append(time.process_time() - start)
+    seconds = timed(pair, args.repeats, time.process_time)
     del pair
     memory = [port_memory(what, side, args.frames, args.size, args) for side in ("ours", "theirs")]
     print(f"{what} done", file=sys.stderr, flush=True)
@@ -1829,12 +1824,13 @@ def memory_of_call(function):
 
 def ports_table(result):
     """One line per comparison; ratios below 1 are in our favour."""
-    lines = ["| | ours | original | time ratio | our memory | original's | memory ratio | largest difference |",
-             "|---" * 8 + "|"]
+    lines = []
     for row in result["rows"]:
         (ours, theirs), (our_mib, their_mib) = row["seconds"], row["mib"]
-        lines.append(f"| {row['what']} | {ours:.3g} s | {theirs:.3g} s | {ours / theirs:.2f} | {our_mib:.0f} MiB | "
-                     f"{their_mib:.0f} MiB | {our_mib / their_mib:.2f} | {row['apart']:.1e} |")
+        lines.append((row["what"], f"{ours:.3g} s", f"{theirs:.3g} s", f"{ours / theirs:.2f}", f"{our_mib:.0f} MiB",
+                      f"{their_mib:.0f} MiB", f"{our_mib / their_mib:.2f}", f"{row['apart']:.1e}"))
+    lines = table(["", "ours", "original", "time ratio", "our memory", "original's", "memory ratio",
+                   "largest difference"], lines)
     long = [f"VAE decode of {frames} frames of 32 x 32: {mib:.0f} MiB." for frames, mib in result["long"].items()]
     frames, size = result["frames"], result["size"]
     return "\n".join(lines + [
@@ -1861,7 +1857,6 @@ def bench(args):
     torch.set_num_threads(args.threads)
     if args.child:
         return print(json.dumps(bench_row(args.child, args)))
-    check_out(args.out)
     try:
         [replace(CMMDConfig(**SIZES[size]), **args.config) for size in args.sizes]
     except TypeError as error:
@@ -1878,15 +1873,14 @@ def bench(args):
                                args.repeats, "--threads", args.threads, "--device", args.device, *more))
     result = {"rows": rows, "batch": args.batch, "repeats": args.repeats, "machine": machine(args.device),
               "device": args.device}
-    print(bench_table(result))
-    if args.out:
-        write_result(args.out, result)
+    return bench_table(result), result
 
 
 def bench_row(what, args):
     """One row, measured in this process: median and range of the repeats after a first one, which tells the memory."""
     from torch.utils.flop_counter import FlopCounterMode
     cuda, name = "cuda" in args.device, args.sizes[0]
+    wait = torch.cuda.synchronize if cuda else lambda: None
     call, parameters, clips = mm_diffusion_pass(args) if what == "mm-diffusion" else model_call(what, name, args)
     before = torch.cuda.memory_allocated() if cuda else 0
     if cuda:
@@ -1896,15 +1890,8 @@ def bench_row(what, args):
         memory = (torch.cuda.max_memory_allocated() - before) / 2 ** 20
     with FlopCounterMode(display=False) as counter:
         call()
-    if cuda:
-        torch.cuda.synchronize()
-    seconds = []
-    for _ in range(args.repeats):
-        start = time.perf_counter()
-        call()
-        if cuda:
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
+    wait()
+    (seconds,) = timed([call], args.repeats, wait=wait)
     return {"what": what, "size": "" if what == "mm-diffusion" else name, "parameters": parameters, "clips": clips,
             "gflop": counter.get_total_flops() / 1e9, "seconds": float(np.median(seconds)),
             "range": [min(seconds), max(seconds)], "mib": memory}
@@ -1934,10 +1921,11 @@ def model_call(what, size, args):
     function, parameters, clips. Random weights and data."""
     config = replace(CMMDConfig(latent_channels=8, **SIZES[size]), **args.config)
     model, clips = CMMD(config).to(args.device), 1 if what == "pass" else args.batch
-    shapes = (config.frames, config.latent_channels, 8, 8), (config.mel_bins, whole_mel_frames(config.frames, config))
+    side, mels = config.size // 8, whole_mel_frames(config.frames, config)
+    shapes = (config.frames, config.latent_channels, side, side), (config.mel_bins, mels)
     draw = lambda n: [torch.randn(n, *shape, device=args.device) for shape in shapes]
     pair, noise, times = draw(clips), draw(clips), [torch.full((clips,), 0.5, device=args.device) for _ in range(2)]
-    wrong = draw(round(clips * float(what.split()[1]) / 100) if " " in what else 0)
+    wrong = draw(max(1, round(clips * float(what.split()[1]) / 100)) if " " in what else 0)
     average = [w.clone() for w in model.parameters()]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-9, fused=True)
 
@@ -1971,14 +1959,14 @@ def bench_table(result):
     """One line per row; the last two columns are for the sound of one clip, of 1.8 s (1.6 s: MM-Diffusion's)."""
     said = {"pass": "a pass, one clip", "mm-diffusion": "a pass of MM-Diffusion's U-Net, one clip",
             "bare": "forward and backward", "step": "step of training"}
-    lines = ["| | size | parameters | GFLOP | seconds | clips/s | peak memory | passes a clip | seconds a clip |",
-             "|---" * 9 + "|"]
+    lines = []
     for row in result["rows"]:
-        passes = PASSES.get(row["what"], "")
-        whole = f"{passes * row['seconds']:.3g}" if passes else ""
-        lines.append(f"| {said.get(row['what'], 'step with ' + row['what'])} | {row['size']} | "
-                     f"{row['parameters'] / 1e6:.1f} M | {row['gflop']:.4g} | {row['seconds']:.3g} | "
-                     f"{row['clips'] / row['seconds']:.3g} | {row['mib']:.0f} MiB | {passes} | {whole} |")
+        passes, seconds = PASSES.get(row["what"], ""), row["seconds"]
+        what = said.get(row["what"], f"step with {row['what']}")
+        lines.append((what, row["size"], f"{row['parameters'] / 1e6:.1f} M", f"{row['gflop']:.4g}", f"{seconds:.3g}", f"{row['clips'] / seconds:.3g}", f"{row['mib']:.0f} MiB",
+                      passes, f"{passes * seconds:.3g}" if passes else ""))
+    lines = table(["", "size", "parameters", "GFLOP", "seconds", "clips/s", "peak memory", "passes a clip",
+                   "seconds a clip"], lines)
     return "\n".join(lines + [
         "", f"Random weights and data; steps over batches of {result['batch']} clips of 1.8 s at 64 px; medians of "
         f"{result['repeats']} repeats; memory: peak of a first call beyond weights and input; {result['device']}, "
@@ -1994,50 +1982,67 @@ def main(argv=None):
         argv = ["folders", *argv]
     parser = arguments()
     args = parser.parse_args(argv)
-    return parser.run(COMMANDS[args.command], args)
+    return parser.run(run_command, COMMANDS[args.command], args)
+
+
+def run_command(command, args):
+    """Refuse an --out that cannot be written, before any work; then print what command(args) returns, a text, and write
+    its result. Commands without a result print for themselves."""
+    outs = getattr(args, "out", None) or []
+    outs = [outs] if isinstance(outs, str) else outs
+    for path in outs:
+        check_output(path, (".json", ".csv"))
+    made = command(args)
+    if made:
+        text, result = made
+        print(text)
+        for path in outs:
+            write_result(path, result)
 
 
 def arguments():
     """The parser of the command line."""
     parser = Parser(prog="evaluate.py", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("worlds", help="what is made of held-out clips of a world, against their true events")
-    one.add_argument("--make", default="sound", choices=["sound", "picture", "both"], help="sounds for pictures, "
+    worlds_ = commands.add_parser("worlds", help="what is made of held-out clips of a world, against their true events")
+    worlds_.add_argument("--make", default="sound", choices=["sound", "picture", "both"], help="sounds for pictures, "
                      "pictures for sounds, or both, heard against seen (default: %(default)s)")
-    three = commands.add_parser("pictures", help="how well impacts and beats are read off held-out clips' pictures")
-    six = commands.add_parser("compare", help="two results of worlds, paired over clips: the first less the second")
-    six.add_argument("results", nargs=2, metavar="RESULT.json")
-    five = commands.add_parser("pairs", help="losses of true, shifted and swapped pairs by noise level; retrieval")
-    seven = commands.add_parser("clips", help="held-out clips of a world as files, for `folders` and others' models")
-    seven.add_argument("folder", help="where they are written, SEED.mp4")
-    for command in (one, seven):
+    pictures_ = commands.add_parser("pictures", help="how well impacts and beats are read off held-out clips' pictures")
+    compare_ = commands.add_parser("compare", help="two results of worlds, paired over clips: first less second")
+    compare_.add_argument("results", nargs=2, metavar="RESULT.json")
+    pairs_ = commands.add_parser("pairs", help="losses of true, shifted and swapped pairs by noise level; retrieval")
+    clips_ = commands.add_parser("clips", help="held-out clips of a world as files, for `folders` and others' models")
+    clips_.add_argument("folder", help="where they are written, SEED.mp4")
+    for command in (worlds_, clips_):
         command.add_argument("--world", default="bounce", choices=WORLDS, help="(default: %(default)s)")
-    for command in (one, three, five, seven):
+    for command in (worlds_, pictures_, pairs_, clips_):
         command.add_argument("--n", type=int, default=200, help="clips (default: %(default)s)")
         command.add_argument("--seed-start", type=int, default=TEST_SEED,
                              help="seed of the first clip (default: %(default)s)")
+    for command in (worlds_, pictures_, clips_):
         command.add_argument("--seconds", type=float, default=1.8, help="length of a clip (default: %(default)s)")
-    one.add_argument("--condition", nargs="*", default=CONDITIONS, choices=CONDITIONS, help="(default: all three)")
-    one.add_argument("--guidance", type=float)
-    one.add_argument("--stochasticity", type=float)
-    one.add_argument("--sampler", choices=["ddim", "dpm"])
-    one.add_argument("--batch", type=int, default=16)
-    one.add_argument("--embedding", help="for the Fréchet distance of sounds: MODULE:FUNCTION or FILE.py:FUNCTION")
-    two = commands.add_parser("speed", help="seconds by stage and peak memory of sampling sound for a video file")
-    two.add_argument("--seconds", type=float, nargs="+", default=[10, 100, 600], help="lengths (default: %(default)s)")
-    two.add_argument("--child", help=argparse.SUPPRESS)  # the file to time, in the fresh process
-    one.add_argument("--steps", type=int, help="sampler steps (default: 6; of both: 25)")
-    two.add_argument("--steps", type=int, default=6, help="sampler steps (default: %(default)s)")
-    for command in (one, two, three, five):
+    worlds_.add_argument("--condition", nargs="*", default=CONDITIONS, choices=CONDITIONS, help="(default: all three)")
+    worlds_.add_argument("--guidance", type=float)
+    worlds_.add_argument("--stochasticity", type=float)
+    worlds_.add_argument("--sampler", choices=["ddim", "dpm"])
+    worlds_.add_argument("--batch", type=int, default=16)
+    worlds_.add_argument("--embedding", help="for the Fréchet distance of sounds: MODULE:FUNCTION or FILE.py:FUNCTION")
+    speed_ = commands.add_parser("speed", help="seconds by stage and peak memory of sampling sound for a video file")
+    speed_.add_argument("--seconds", type=float, nargs="+", default=[10, 100, 600],
+                        help="lengths (default: %(default)s)")
+    speed_.add_argument("--child", help=argparse.SUPPRESS)  # the file to time, in the fresh process
+    worlds_.add_argument("--steps", type=int, help="sampler steps (default: 6; of both: 25)")
+    speed_.add_argument("--steps", type=int, default=6, help="sampler steps (default: %(default)s)")
+    for command in (worlds_, speed_, pictures_, pairs_):
         command.add_argument("--weights", default="worlds", help="name in the box, or folder (default: %(default)s)")
         command.add_argument("--device")
         command.add_argument("--out", help="also write everything to this .json, or the rows to this .csv")
     folders_arguments(commands.add_parser("folders", help="clips against the true ones; the word may be left out"))
-    four = commands.add_parser("figure", help="Fig. 2 and frames (of clips), 4 (of folders), Eq. 6 (in training), "
+    figure_ = commands.add_parser("figure", help="Fig. 2 and frames (of clips), 4 (of folders), Eq. 6 (in training), "
                                   "steps (of worlds)")
-    four.add_argument("number", choices=FIGURES)
-    four.add_argument("picture", help=".png, .pdf or .svg to write")
-    four.add_argument("files", nargs="+", help="2: TRUE GENERATED ...; 4, steps: .json files; eq6: cmmd-log.csv "
+    figure_.add_argument("number", choices=FIGURES)
+    figure_.add_argument("picture", help=".png, .pdf or .svg to write")
+    figure_.add_argument("files", nargs="+", help="2: TRUE GENERATED ...; 4, steps: .json files; eq6: cmmd-log.csv "
                       "files; frames: clips")
     steps = commands.add_parser("study", help="a rating page for listeners, and what they said").add_subparsers(
         dest="step", required=True)

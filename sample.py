@@ -3,7 +3,7 @@
   sample, Clip        clip = sample("dog.mp4"); clip.save("out.mp4")
   load_models         the three networks of a folder of weights, checked against each other
   input               paths and arrays to frames, waves, latents and mels, a chunk at a time
-  the picture         frames over spectrograms, written as a PNG with nothing but zlib
+  the picture         frames over spectrograms, written as a PNG
   the command line    python sample.py dog.mp4 -o out.mp4; without arguments a demonstration
 
 media -> frames -> VAE.encode -> generate -> Vocoder.decode -> wave. Only latents and small frames are kept, so that
@@ -25,7 +25,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from cmmd import CMMD, CONDITIONS, SEED, Parser, atomic, data, generate, load, mel_frames, number, torchrun_place
+from cmmd import (
+    CMMD, CONDITIONS, SEED, Parser, atomic, check_sampling, data, generate, load, mel_frames, number, torchrun_place,
+    usable_device)
 from cmmd.vae import VAE, fingerprint, load as load_vae, to_frames, to_uint8
 from cmmd.vocoder import Vocoder, VocoderConfig, load as load_vocoder, log_mel
 
@@ -133,16 +135,12 @@ def sample(video=None, audio=None, *, seconds: float | None = None, make_video: 
     return Clip(frames, wave, config.fps, config.sample_rate, source)
 
 
-def _check(video, audio, seconds, make_video, make_audio, fps, sample_rate, steps, condition, guidance, seed, **_):
+def _check(video, audio, seconds, make_video, make_audio, fps, sample_rate, steps, condition, guidance,
+           stochasticity, seed, **_):
     """Refuse, before anything is loaded, what cannot work."""
     if video is not None and audio is not None and make_video is None and make_audio is None:
         raise ValueError(NOTHING_LEFT)
-    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
-        raise ValueError(f"steps is {steps!r}, expected a whole number of at least 1; 6 is a good choice")
-    if condition not in CONDITIONS:
-        raise ValueError(f"condition is {condition!r}, expected one of {', '.join(CONDITIONS)}")
-    if guidance is not None and not math.isfinite(guidance):
-        raise ValueError(f"guidance is {guidance!r}, expected a finite number")
+    check_sampling(steps, condition, guidance, stochasticity)
     if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**63:
         raise ValueError(f"seed is {seed!r}, expected a whole number from 0 to 2^63 - 1")
     if seconds is not None and not 0 < seconds <= LONGEST:
@@ -202,15 +200,11 @@ def load_models(weights: str | os.PathLike = "worlds", device: str | None = None
     if not str(weights) or not folder.is_dir():
         known = sorted(p.name for p in WEIGHTS.iterdir() if p.is_dir()) if WEIGHTS.is_dir() else []
         raise ValueError(f"{weights}: no such folder of weights; give one, or a name of {', '.join(known) or '(none)'}")
-    try:
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros(1, device=device).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device {device}: cannot be used ({str(error).splitlines()[0]}); try cpu") from None
+    device = usable_device(device)
     networks = Models(load_vae(folder / "vae.safetensors"), load_vocoder(folder / "vocoder.safetensors"),
                       load(folder / "cmmd.safetensors", CMMD))
     _check_fit(folder, *networks)
-    return Models(*(module.to(device).eval().requires_grad_(False) for module in networks))
+    return Models(*(module.to(device).requires_grad_(False) for module in networks))
 
 
 def _check_fit(folder, vae, vocoder, model):

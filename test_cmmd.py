@@ -643,7 +643,7 @@ def test_cmmd_ddim_equals_diffusers_at_its_own_eta():
 
 
 def test_cmmd_sampling_times_are_the_quantiles_of_trained_ones():
-    """Between noise and data, as many steps in any stretch as a training draws times there (the mixture's kind "two")."""
+    """As many steps in any stretch as a training draws times there (the mixture's kind "two")."""
     times = cmmd.sampling_times(8)
     assert times[0] == 1 and times[-1] == 0 and times == sorted(times, reverse=True)
     torch.manual_seed(0)
@@ -1931,7 +1931,7 @@ def test_data_bounce_every_touch_is_heard():
 
 
 def test_data_held_out_seeds_are_never_trained_on():
-    drawn = {train.clip_seed(s, step, i, 16) for s in (0, 1) for step in (0, 1, 50_000) for i in range(16)}
+    drawn = {train.clip_seed(s, step * 16 + i) for s in (0, 1) for step in (0, 1, 50_000) for i in range(16)}
     assert len(drawn) == 96 and min(drawn) >= TRAINING_SEED
     held_out = (sampling.DEMO_SEED, evaluate.TEST_SEED, evaluate.TEST_SEED + 10_000, train.VALIDATION_SEED + 10_000)
     assert max(held_out) < TRAINING_SEED
@@ -3011,7 +3011,7 @@ def test_train_sources_take_turns_and_held_out_files_never_come(tmp_path):
     sounds = train.SoundBatches(3, 0, 0.05, sources=["bounce", shares["training"]])
     for step in (0, 1):
         for item, wave in enumerate(sounds[step][0], 3 * step):
-            world = torch.from_numpy(bounce(train.clip_seed(0, item, 0, 1), 0.05, size=0).audio)
+            world = torch.from_numpy(bounce(train.clip_seed(0, item), 0.05, size=0).audio)
             assert torch.equal(wave, world) == (item % 2 == 0)
             assert item % 2 == 0 or int((wave.abs().max() * 100).round()) in seen["training"]
 
@@ -3113,14 +3113,21 @@ def test_train_logs_lose_what_came_later_or_was_cut_off(tmp_path, text, kept):
 
 def test_train_full_disk_is_one_line_and_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     def fill(tensors, path, metadata):
-        if metadata["step"] == "20":
+        if metadata.get("step") == "20":
             raise train.SafetensorError("No space left on device")
         save_file(tensors, path, metadata)
 
-    monkeypatch.setattr(train, "save_file", fill)
+    monkeypatch.setattr(cmmd, "save_file", fill)
     with pytest.raises(ValueError, match="cannot be written.*No space left"):
         run_line(tmp_path)
     assert step_of(tmp_path / CHECKPOINT) == 10 and not list(tmp_path.glob(".*"))
+
+
+def test_train_eq6_without_negatives_is_refused(tmp_path, capsys):
+    """Else --eta would be written down, and do nothing."""
+    for words in (["--batch", "2"], ["--batch", "16", "--negatives", "0.03"], ["--batch", "1", "--negatives", "1"]):
+        assert train.main(["cmmd", "--out", str(tmp_path), "--vae", "none", "--eta", "0.2", *words]) == 2
+        assert "not one sample has negatives" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("task, step", [("line", 20), ("vocoder", 40)])
@@ -3669,7 +3676,7 @@ def test_evaluate_envelopes_against_what_is_typical():
 
 
 def test_evaluate_movement_against_what_is_usual():
-    """As all move alike, the plain correlation is high with any clip's movement; the residual is so with its own alone."""
+    """As all move alike, the plain correlation is high with any clip's movement, the residual with its own alone."""
     rng = np.random.default_rng(0)
     shape, draw = 5 * rng.standard_normal(50), lambda: shape + rng.standard_normal(50)
     moves = [draw() for _ in range(60)]
@@ -3680,7 +3687,8 @@ def test_evaluate_movement_against_what_is_usual():
     assert residual["value"] > 0.9 and abs(residual["chance"]) < 0.05 and residual["p"] < 1e-9
     usual = evaluate.add_typical(clips, moved=[shape[:40], shape[:40] + 2])[3][1].usual
     assert np.allclose(usual, shape[:40] + 1)
-    some = [(made, true._replace(movement="no picture") if k % 2 else true, None) for k, (made, true, _) in enumerate(clips)]
+    some = [(made, true._replace(movement="no picture") if k % 2 else true, None)
+            for k, (made, true, _) in enumerate(clips)]
     row = rows_of(evaluate.add_typical(some))["movement correlation, residual"]
     assert row["n"] == 30 and row["note"] == "30: no picture" and row["value"] > 0.9
 
@@ -4018,19 +4026,21 @@ def test_evaluate_compare_pairs_clips(tmp_path, capsys):
     """Perfect sounds against sounds 70 ms late: all of F1 at 50 ms, nothing at 100; other seeds are refused."""
     times = [bounce(seed, size=0).times for seed in range(20)]
     for name, late in (("right", 0.0), ("late", 0.07)):
-        rows = [{"sound": "clean"} | evaluate.event_row([t + late for t in times], times)]
+        rows = [{"name": "clean"} | evaluate.event_row([t + late for t in times], times)]
         content = {"seeds": [0, 19], "seconds": 1.8, "world": "bounce", "make": "sound", "rows": rows}
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     (tmp_path / "other.json").write_text(json.dumps(content | {"seeds": [1, 20]}))
-    (tmp_path / "old.json").write_text(json.dumps(content | {"rows": [{"sound": "clean"}]}))
+    (tmp_path / "old.json").write_text(json.dumps(content | {"rows": [{"name": "clean"}]}))
     assert not evaluate.main(["compare", str(tmp_path / "right.json"), str(tmp_path / "late.json")])
     at_50, at_100 = capsys.readouterr().out.splitlines()
     assert "clean, F1 ±50 ms: +1.000 [+1.000, +1.000]" in at_50 and "(n = 20, 0 clips alike)" in at_50
     assert "+0.000 [+0.000, +0.000]" in at_100 and "20 clips alike" in at_100
     assert evaluate.main(["compare", str(tmp_path / "right.json"), str(tmp_path / "other.json")]) == 2
     assert "same seeds" in capsys.readouterr().err
-    assert evaluate.main(["compare", str(tmp_path / "right.json"), str(tmp_path / "old.json")]) == 2
-    assert "make it anew" in capsys.readouterr().err
+    (tmp_path / "folders.json").write_text(json.dumps({"rows": [{"metric": "AV-Align"}]}))
+    for pair in (("right", "old"), ("folders", "folders")):
+        assert evaluate.main(["compare", *(str(tmp_path / f"{name}.json") for name in pair)]) == 2
+        assert "make it anew" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -4097,7 +4107,7 @@ def test_evaluate_figure_of_steps(tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="figures need matplotlib")
     row, files = {"f1_50": 0.9, "interval_50": [0.8, 1.0], "counts_50": [[1, 2, 2]]}, []
     for steps, sampler in ((2, "ddim"), (4, "ddim"), (2, "dpm")):
-        rows = [{"sound": name} | row for name in ("true", "chain", "clean")]
+        rows = [{"name": name} | row for name in ("true", "chain", "clean")]
         files.append(tmp_path / f"{steps}{sampler}.json")
         files[-1].write_text(json.dumps({"settings": {"steps": steps, "sampler": sampler}, "rows": rows}))
     assert not evaluate.main(["figure", "steps", str(tmp_path / "a.png"), *map(str, files)])

@@ -29,17 +29,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from cmmd import (
     CMMD, SEED, SHARES, SIZES, CMMDConfig, Parser, atomic, contrastive_loss, draw_negatives, draw_times, fast_autocast,
-    generate, joint_loss, json_object, load, number, save, torchrun_place, vae, vocoder, whole_mel_frames,
+    generate, joint_loss, json_object, load, number, save, torchrun_place, usable_device, vae, vocoder,
+    whole_mel_frames, write_tensors,
 )
 from cmmd.data import (
     TRAINING_SEED, WORLDS, EncodedClip, FileCache, cache_clips, cache_frames, cache_sounds, open_encoded, write_encoded,
 )
 from cmmd.evaluate import (
-    envelope, envelope_correlation, event_counts, picture_events, psnr, scores, sound_scores,
+    envelope, envelope_correlation, event_counts, lower_movement, picture_events, psnr, scores, sound_scores,
 )
 from cmmd.sample import picture, write_png
 from cmmd.vae import VAE, VAEConfig, fingerprint, quick_start, to_frames, to_uint8, vae_loss
@@ -107,17 +107,14 @@ class State:
 
     def save(self, path):
         """Write everything to one safetensors file, whole or not at all; the file before it stays as `before(path)`."""
-        header = {"step": str(self.step), "settings": json.dumps(self.settings)}
         tensors = self.tensors()
         if bad := [name for name, w in tensors.items() if not torch.isfinite(w).all()]:
             raise ValueError(f"step {self.step}: {bad[0]} is not finite; the last checkpoint is kept")
-        with atomic(path) as temporary:
-            try:
-                save_file(tensors, temporary, metadata=header)
-            except SafetensorError as error:
-                raise ValueError(f"{path}: cannot be written ({error}); the last checkpoint is kept") from None
-            if path.exists():
-                os.replace(path, before(path))
+        fresh = path.with_stem(f"{path.stem}-new")
+        write_tensors(fresh, tensors, {"step": str(self.step), "settings": json.dumps(self.settings)})
+        if path.exists():
+            os.replace(path, before(path))
+        os.replace(fresh, path)
 
     def resume(self, path):
         """Go on from the newest whole file of `save`, if there is any. ValueError for one of other settings."""
@@ -184,8 +181,11 @@ def run(state, batches, update, evaluate, args, finish=lambda ema: ema):
         multiprocessing_context="spawn" if args.workers else None, prefetch_factor=4 if args.workers else None,
     )
     sums, usual, began, board = {}, {}, time.time(), tensorboard(out) if first else None
-    waited, since = [0.0], time.time()
-    for batch in counting(loader, waited):
+    stream, waited, since = iter(loader), 0.0, time.time()
+    while state.step < args.steps:
+        asked = time.time()
+        batch = next(stream)
+        waited += time.time() - asked
         for optimizer in state.optimizers.values():
             optimizer.param_groups[0]["lr"] = learning_rate(state.step, args)
         torch.manual_seed((args.seed * 1_000_003 + state.step) % 2**63)
@@ -200,9 +200,9 @@ def run(state, batches, update, evaluate, args, finish=lambda ema: ema):
         if state.step % args.log_every == 0 or last:
             mean = lambda values: torch.tensor(values, dtype=torch.float64).nanmean().item()  # NaN: not in that step
             means = {name: mean(values) for name, values in sums.items()}
-            share = round(waited[0] / (time.time() - since), 4)  # of the time since the last line, for data to come
+            share = round(waited / (time.time() - since), 4)  # of the time since the last line, for data to come
             report(log, {"step": state.step, "seconds": round(time.time() - began, 1), "waited": share} | means, board)
-            sums, waited[0], since = {}, 0.0, time.time()
+            sums, waited, since = {}, 0.0, time.time()
         if state.step % args.eval_every == 0 or last:  # before saving: a run that resumes has this row
             found = evaluate(state.ema)
             if better(figures, found, args.task):
@@ -222,18 +222,6 @@ def over_processes(losses):
     both = torch.stack([torch.where(values.isnan(), 0.0, values), ~values.isnan()])  # sum, and of how many
     dist.all_reduce(both)
     return dict(zip(losses, (both[0] / both[1]).tolist()))
-
-
-def counting(loader, waited):
-    """The loader's batches; what it keeps its caller waiting is added to waited[0], in seconds."""
-    batches = iter(loader)
-    while True:
-        began = time.time()
-        batch = next(batches, None)
-        waited[0] += time.time() - began
-        if batch is None:
-            return
-        yield batch
 
 
 def watch(usual, losses, step, patience=100):
@@ -295,9 +283,9 @@ def forget(path, step):
             temporary.write_text("".join([head, *kept]))
 
 
-def clip_seed(args_seed, step, item, per_step):
-    """A seed for item `item` of step `step`, never one of the held-out clips."""
-    return TRAINING_SEED + args_seed * 1_000_000_000 + step * per_step + item
+def clip_seed(seed, item):
+    """The seed of the item-th clip of a training with `seed`, never one of the held-out clips."""
+    return TRAINING_SEED + seed * 1_000_000_000 + item
 
 
 def open_data(args, decode):
@@ -336,12 +324,11 @@ def held_out(args, sources, world, files):
 
 @dataclass
 class FrameBatches:
-    """Single frames: [step] -> [frames (batch, 3, size, size) in [-1, 1]], three from each clip of a world or drawn
+    """Single frames: [step] -> [frames (batch, 3, 64, 64) in [-1, 1]], three from each clip of a world or drawn
     from a folder, the sources taking turns."""
 
     batch: int
     seed: int
-    size: int = 64
     sources: tuple = ("bounce",)
 
     def __getitem__(self, step):
@@ -349,10 +336,10 @@ class FrameBatches:
         return [to_frames(np.concatenate([self.three(step * clips + i) for i in range(clips)])[: self.batch])]
 
     def three(self, item):
-        source, seed = self.sources[item % len(self.sources)], clip_seed(self.seed, item, 0, 1)
+        source, seed = self.sources[item % len(self.sources)], clip_seed(self.seed, item)
         if isinstance(source, FileCache):
             return source.frames(seed, 3)
-        return WORLDS[source](seed, fps=5 / 3, size=self.size).video
+        return WORLDS[source](seed, fps=5 / 3).video
 
 
 def train_vae(args):
@@ -412,7 +399,7 @@ class SoundBatches:
         return [torch.from_numpy(np.stack([self.sound(item) for item in items]))]
 
     def sound(self, item):
-        source, seed = self.sources[item % len(self.sources)], clip_seed(self.seed, item, 0, 1)
+        source, seed = self.sources[item % len(self.sources)], clip_seed(self.seed, item)
         if isinstance(source, FileCache):
             return source.wave(seed, round(self.seconds * self.sample_rate))
         return WORLDS[source](seed, self.seconds, size=0, sample_rate=self.sample_rate).audio
@@ -469,7 +456,7 @@ def train_vocoder(args):
 class PairBatches:
     """Windows of clips: [step] -> [latents (batch, T, C, H, W), mel (batch, M, L)] and, of the first `negatives`, the
     picture and the sound cut `shift` (from, to; s) earlier or later; those of another clip where this one is no longer
-    than a window. 18 frames go with the first 112 mel frames (P).
+    than a window. The frames go with the mel frames that end within them (P: 18 with 112).
 
     sources take turns: each is a FileCache of encoded clips, or the name of a world, whose clips are then drawn fresh
     and encoded with `vae_path`."""
@@ -487,23 +474,25 @@ class PairBatches:
         self.other = [another(i, self.batch, len(self.sources)) for i in range(self.batch)]
 
     def __getitem__(self, step):
-        c, rng = self.config, np.random.default_rng([self.seed, step])
-        seconds, windows = c.frames / c.fps, []
+        c, rng, true, shifted = self.config, np.random.default_rng([self.seed, step]), [], []
         for i, clip in enumerate(self.draw(step, rng)):
             k = int(rng.integers(0, clip.T - c.frames + 1))
-            moves = [0.0, 0.0]
-            if i < self.negatives and clip.T > c.frames:
-                moves += [self.move(rng, k, clip) for _ in range(2)]
-            pictures = [clip.picture(k + whole_frames(move, clip.fps), c.frames) for move in moves[::2]]
-            windows.append((pictures, [clip.sound(k / clip.fps + move, seconds) for move in moves[1::2]]))
+            true.append(self.window(clip, k))
+            if i < self.negatives:
+                moves = [self.move(rng, k, clip) for _ in range(2)] if clip.T > c.frames else None
+                shifted.append(self.window(clip, k, *moves) if moves else None)
+        shifted = [window or true[self.other[i]] for i, window in enumerate(shifted)]
         out = []
-        for which in range(2 if self.negatives else 1):  # as they are, shifted
-            rows = windows[: self.negatives] if which else windows
-            rows = [[x[which] if which < len(x) else windows[self.other[i]][side][0] for side, x in enumerate(row)]
-                    for i, row in enumerate(rows)]
-            pictures, waves = map(torch.stack, zip(*rows))
+        for windows in (true, shifted) if self.negatives else (true,):
+            pictures, waves = map(torch.stack, zip(*windows))
             out += [pictures, normalised_mel(waves, c)]
         return out
+
+    def window(self, clip, k, move_video=0.0, move_audio=0.0):
+        """The clip's picture and wave from frame k on, each moved by so many seconds."""
+        c = self.config
+        return (clip.picture(k + whole_frames(move_video, clip.fps), c.frames),
+                clip.sound(k / clip.fps + move_audio, c.frames / c.fps))
 
     def move(self, rng, k, clip):
         """Seconds, within `shift`, by which the window at frame k is cut earlier or later, where the clip goes on; less
@@ -525,7 +514,7 @@ class PairBatches:
         if fresh:
             self.vae = self.vae or vae.load(self.vae_path)
             seconds = c.frames / c.fps + (2 * self.shift[1] if self.negatives else 0)
-            clips = [world(clip_seed(self.seed, step, i, self.batch), seconds, c.fps, c.size, c.sample_rate)
+            clips = [world(clip_seed(self.seed, step * self.batch + i), seconds, c.fps, c.size, c.sample_rate)
                      for i, world in fresh]
             for (i, _), clip in zip(fresh, encode_clips(clips, self.vae)):
                 out[i] = clip
@@ -560,21 +549,28 @@ def encode_clips(clips, autoencoder):
     return [EncodedClip(x, y, len(x), clip.fps, clip.sample_rate) for x, y, clip in zip(latents, waves, clips)]
 
 
+def initial_model(autoencoder, args):
+    """A fresh CMMD for these latents, or that of --init. ValueError if that one knows other latents."""
+    if isinstance(args.config.get("fps"), (int, float)):
+        args.config.setdefault("frames", max(1, round(1.8 * args.config["fps"])))  # P: windows of 1.8 s
+    default = CMMDConfig(latent_channels=autoencoder.config.latent_channels, **SIZES[args.size or "demo"])
+    model, own = initial(CMMD, lambda path: load(path, CMMD), default, args), fingerprint(autoencoder)
+    if model.config.latents not in ("", own):
+        raise ValueError(f"{args.vae}: another encoder, scale or shift than the model of --init was trained with")
+    model.config = replace(model.config, shift=args.time_shift or model.config.shift, latents=own)
+    return model
+
+
 def train_cmmd(args):
     """The joint model (Eq. 2): --first-lesson steps with one side clean, then the mixture (both ours); with --eta the
     joint contrastive loss (Eq. 6), with --margin its bounded form."""
     autoencoder = vae.load(args.vae).to(args.device)
-    if isinstance(args.config.get("fps"), (int, float)):
-        args.config.setdefault("frames", max(1, round(1.8 * args.config["fps"])))  # P: windows of 1.8 s
-    model = initial(CMMD, lambda path: load(path, CMMD), default_config(autoencoder, args), args)
-    known, own = model.config.latents, fingerprint(autoencoder)
-    if known not in ("", own):
-        raise ValueError(f"{args.vae}: another encoder, scale or shift than the model of --init was trained with")
+    model = initial_model(autoencoder, args)
     sources = open_data(args, lambda entry, cache: encoded_files(entry, cache, autoencoder, model.config, args))
     shares = training_share(args, sources)
     if not args.init:
         model.config = replace(model.config, **mel_level(shares, model.config, args) | args.config)
-    model.config = config = replace(model.config, shift=args.time_shift or model.config.shift, latents=own)
+    config = model.config
     state = State({"cmmd": model}, "cmmd", args)
     files = [cached_clips(args, x, autoencoder, config) if args.clips and isinstance(x, str) else x for x in shares]
     negatives = round(args.negatives * args.batch) if args.eta else 0
@@ -584,19 +580,20 @@ def train_cmmd(args):
         model.compile()
 
     def update(state, batch):
-        pair, shifted, first = batch[:2], batch[2:] or [x[:0] for x in batch], state.step < args.first_lesson
+        pair, first = batch[:2], state.step < args.first_lesson
+        shifted = batch[2:] or [x[:0] for x in pair]  # none without --eta
         times = draw_times(len(pair[0]), first, args.shares, config.shift)
         times, n = negatives_first(times, len(shifted[0]), args)
-        times, shifted = [t.to(pair[0].device) for t in times], [x[:n] for x in shifted]
+        times = [t.to(pair[0].device) for t in times]
         noise = [torch.randn_like(x) for x in pair]
-        wrong = [draw_negatives(x[: len(y)], y, x[batches.other[: len(y)]], dim, args.kinds)
-                 for x, y, dim in zip(pair, shifted, (1, 2)) if len(y)] or shifted
+        wrong = [draw_negatives(x[:n], y[:n], x[batches.other[:n]], dim, args.kinds)
+                 for x, y, dim in zip(pair, shifted, (1, 2))]
         pieces, parts = args.world * args.accumulate, []
 
         def losses():
             for i in range(args.rank, pieces, args.world):  # every pieces-th sample, so that all have negatives
                 own = [[x[i::pieces] for x in xs] for xs in (pair, times, noise, wrong)]
-                eta = args.eta * (pieces * len(own[3][0]) / max(1, len(wrong[0])))
+                eta = args.eta * (pieces * len(own[3][0]) / max(1, n))  # the parts' terms add up to eta times the mean
                 loss = contrastive_loss(model, *own, eta, args.margin, args.motion[0 if first else 1])
                 parts.append([x.detach() for x in loss[1:]])
                 yield loss.total / args.accumulate
@@ -652,7 +649,7 @@ class HeldOut:
         self.waves = self.sounds(windows)
         self.latents = torch.stack([clip.picture(k, config.frames) for clip, k in windows]).to(device)
         self.mel = normalised_mel(self.waves, config).to(device)
-        self.moved = None if self.worlds else self.movement(self.latents)
+        self.moved = None if self.worlds else lower_movement(to_uint8(self.vae.decode(self.latents)))
 
     def windows(self, files, most=None):
         """About `most` windows (clip, first frame), spread over the files."""
@@ -667,13 +664,6 @@ class HeldOut:
         """Their waves (N, S)."""
         c = self.config
         return torch.stack([clip.sound(k / c.fps, c.frames / c.fps) for clip, k in windows])
-
-    def movement(self, latents):
-        """How much moves in the lower middle of the pictures, where a face's mouth is -> (N, T - 1), numpy."""
-        frames = self.vae.decode(latents)
-        H, W = frames.shape[3:]
-        part = frames[..., H // 2 :, W // 4 : W - W // 4]
-        return part.diff(dim=1).abs().mean(dim=(2, 3, 4)).cpu().double().numpy()
 
     def figures(self, model, path, steps=8):
         """How well sounds made for the pictures, and pictures made for the sounds, fit; each side's loss at t = 0.95,
@@ -704,10 +694,10 @@ class HeldOut:
     def file_figures(self, sounds, made):
         """Correlation over time with the truth of the loudness of sounds, less what is typical of the training files,
         and of the movement in pictures; beside each that with other clips, which is chance."""
-        out = {}
+        out, moved = {}, lower_movement(to_uint8(self.vae.decode(made)))
         true = envelope(log_mel(self.waves, self.config))[:, : sounds.shape[2]]
         for name, one, other, typical in (("envelope", envelope(sounds), true, self.typical[: sounds.shape[2]]),
-                                          ("motion", self.movement(made), self.moved, None)):
+                                          ("motion", moved, self.moved, None)):
             at = lambda by: np.nanmean(envelope_correlation(one, np.roll(other, by, 0), typical))
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", RuntimeWarning)  # the mean of nothing, where all are still, is NaN
@@ -742,16 +732,11 @@ def cached_clips(args, name, autoencoder, config):
     return FileCache(tuple(file.name for file in files), tuple(map(str, files)), (T,) * n, (0,) * n)
 
 
-def default_config(autoencoder, args):
-    """The sizes of --size for these latents."""
-    return CMMDConfig(latent_channels=autoencoder.config.latent_channels, **SIZES[args.size or "demo"])
-
-
 def mel_level(sources, config, args):
     """The mel's mean and deviation over 512 training sounds, the sources taking turns."""
     sounds, seconds = [], config.frames / config.fps
     for i in range(512):
-        source, seed = sources[i % len(sources)], clip_seed(args.seed, 10**7, i, 1)
+        source, seed = sources[i % len(sources)], clip_seed(args.seed, 10**7 + i)
         if isinstance(source, FileCache):
             rng = np.random.default_rng(seed)
             clip = open_encoded(source.paths[source.draw(rng)])
@@ -807,14 +792,14 @@ def check(args):
                          "be a multiple of their product, and only cmmd trains in several processes")
     if args.task == "cmmd":
         check_shares(args)
-    try:
-        torch.zeros(1, device=args.device).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"--device {args.device} cannot be used ({str(error).splitlines()[0]}); try cpu") from None
+    usable_device(args.device)
 
 
 def check_shares(args):
-    """Refuse shares of nothing, and levels in the wrong order."""
+    """Refuse shares of nothing, Eq. 6 without negatives, and levels in the wrong order."""
+    if args.eta and (args.batch < 2 or round(args.negatives * args.batch) < 1):
+        raise ValueError(f"--eta {args.eta:g} with --negatives {args.negatives:g} of --batch {args.batch}: not one "
+                         "sample has negatives; raise either")
     if args.negatives_at[0] > args.negatives_at[1]:
         raise ValueError(f"--negatives-at {args.negatives_at[0]} {args.negatives_at[1]}: the lower level comes first")
     if not sum(args.shares) or not sum(args.kinds):
@@ -824,9 +809,16 @@ def check_shares(args):
                          "--first-lesson 0 leaves it out")
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Tells defaults, where there are any."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def arguments(argv):
     """The command line, with the defaults of the chosen task's recipe."""
-    show = argparse.ArgumentDefaultsHelpFormatter
+    show = Help
     parser = Parser(prog="train.py", description=__doc__.splitlines()[0], formatter_class=show)
     tasks = parser.add_subparsers(dest="task", required=True, metavar="vae|vocoder|cmmd")
     for name, recipe in RECIPES.items():
