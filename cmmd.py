@@ -857,11 +857,6 @@ CONDITIONS = ("clean", "replace", "guide")  # how a given side enters
 GUIDED = 0.5  # "clean" guides at noise levels above this: what is late are details, which guidance only roughens
 
 
-def own_steps(given):
-    """Steps where none are asked for: 6 where one side is given whole, 25 where nothing is (measured: README)."""
-    return 25 if given is None else 6
-
-
 def own_guidance(condition, given):
     """The guidance of a condition where none is asked for: 1 of "guide" (Eq. 3); 2 of "clean" for pictures of sounds,
     which otherwise follow them too little (measured: README); else 0."""
@@ -885,14 +880,13 @@ def generate(model: CMMD, video: torch.Tensor | None = None, audio: torch.Tensor
     (Eq. 5); "guide" also pulled down the gradient of its own reconstruction (Eq. 3) with lambda = guidance (default 1).
     It says nothing of a side that is given in part: what is kept of that stands, as in Eq. 5, at the noise level of all
     that is made.
-    steps: 6 by default, 25 where no side is given whole, between the noise levels of `sampling_times`.
+    steps: by default 3 for sounds and 6 for pictures, 25 where no side is given whole: see `sampling_times`.
     sampler: "ddim" with `stochasticity` s in [0, 1] (0 DDIM, 1 fresh noise at every step) or "dpm", DPM-Solver++(2M).
     seeds: one a sample; the same seed gives the same noise on any device and in any batch. Clips longer than a training
     window are cut into windows every `stride` frames, `window_batch` at a time, whose predictions are blended at every
     step. progress(done, steps) is called after each step. ValueError for arguments that do not fit together."""
     check_sampling(steps, condition, guidance, stochasticity, sampler)
     config, given = model.config, _given_whole((video, audio), keep)
-    steps = own_steps(given) if steps is None else steps
     device = next(model.parameters()).device
     video, audio = known = [x if x is None else x.to(device).float() for x in (video, audio)]
     H, W = [config.size // 8] * 2 if video is None else video.shape[3:]
@@ -914,8 +908,8 @@ def generate(model: CMMD, video: torch.Tensor | None = None, audio: torch.Tensor
     kept = [(side, known[side], mask.to(device)) for side, mask in enumerate(keep) if mask is not None]
     shift = 1 if condition == "clean" and given is not None else config.shift  # only one side is noisy there
     predict = _predictor(model, windows, None if given is None else known[given], given, condition, guidance, shift)
-    x = integrate(lambda *a: put_back(predict(*a), kept), noise, given, sampling_times(steps), sampler, stochasticity,
-                  draw, progress, shift)
+    x = integrate(lambda *a: put_back(predict(*a), kept), noise, given,
+                  sampling_times(steps, given, condition), sampler, stochasticity, draw, progress, shift)
     if given is not None:
         x[given] = known[given]
     if L > x[1].shape[2]:  # the last mel frame, if it only begins within the video, repeats the one before
@@ -989,10 +983,18 @@ def integrate(predict, noise, given, times, sampler="ddim", stochasticity=0.0, d
     return x
 
 
-def sampling_times(steps):
-    """Noise levels from 1 to 0, one more than steps: 1 - (i / steps)^2 (ours). They lie dense at high noise, where what
-    happens when is decided, and where a training draws most of its times (`draw_times`: 1 - u^2)."""
-    return [1 - (i / steps) ** 2 for i in range(steps + 1)]
+def sampling_times(steps=None, given=None, condition="clean"):
+    """Noise levels for `integrate`, from 1 down to 0, one more than steps (ours; measured: README).
+
+    Sound of a clean video: equal steps, 3 unless told otherwise. Else 1 - (i / steps)^2, dense at high noise, where what
+    happens when is decided and where a training draws most of its times (`draw_times`: 1 - u^2): 6 for pictures of a
+    clean sound, 10 by "replace" and "guide", 25 where no side is given whole."""
+    if given is None or condition != "clean":
+        steps = steps or (25 if given is None else 10)
+    else:
+        steps = steps or (3 if given == 0 else 6)
+    power = 1 if given == 0 and condition == "clean" else 2
+    return [1 - (i / steps) ** power for i in range(steps + 1)]
 
 
 def in_pieces(function, *xs, into, size=2**18):

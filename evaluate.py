@@ -49,7 +49,7 @@ import torch
 
 from cmmd import (
     CMMD, CONDITIONS, SIZES, CMMDConfig, Parser, atomic, contrastive_loss, fast_autocast, generate, joint_loss,
-    json_object, levels, own_steps, sample as door, usable_device, whole_mel_frames)
+    json_object, levels, sample as door, sampling_times, usable_device, whole_mel_frames)
 from cmmd.data import (
     KIND_HUE, KIND_PITCH, SOUND_TYPES, TEMPI, TRAINING_SEED, VIDEO_TYPES, WORLDS, bounce, check_output, dance,
     find_sources, probe, read_audio, read_video, share_of, write_clip)
@@ -103,7 +103,7 @@ def write_result(path, result):
         if Path(path).suffix == ".json":
             json.dump(finite(result), file, indent=1, allow_nan=False)
         else:
-            rows = csv.DictWriter(file, result["rows"][0])
+            rows = csv.DictWriter(file, dict.fromkeys(key for row in result["rows"] for key in row))
             rows.writeheader()
             rows.writerows(result["rows"])
 
@@ -551,7 +551,7 @@ def worlds(args):
     models = load_models(args.weights, args.device)
     settings = {key: getattr(args, key) for key in ("steps", "guidance", "stochasticity", "sampler")
                 if getattr(args, key) is not None}
-    settings.setdefault("steps", own_steps(None if args.make == "both" else 0))
+    given = {"sound": 0, "picture": 1, "both": None}[args.make]
     result = {key: getattr(args, key) for key in ("world", "make", "n", "seconds", "weights")}
     result |= {"seeds": [args.seed_start, args.seed_start + args.n - 1], "settings": settings,
                "embedding": args.embedding, "machine": machine(args.device)}
@@ -562,7 +562,8 @@ def worlds(args):
         for condition in ["joint"] if args.make == "both" else args.condition:
             start, way = time.perf_counter(), {} if args.make == "both" else {"condition": condition}
             made = world.generate(**way, **settings)
-            rows.append(world.scored(condition, *made))
+            steps = len(sampling_times(args.steps, given, condition)) - 1
+            rows.append(world.scored(condition, *made) | {"steps": steps})
             print(f"{condition}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
         if args.make == "both":
             result["variety"] = {"made": world.spread(*made), "world": world.spread(world.latents, world.mel)}
@@ -652,7 +653,8 @@ def event_table(rows, what, right):
 
 def worlds_table(result):
     """The markdown table, and the lines below it."""
-    settings = ", ".join(f"{key} {value}" for key, value in result["settings"].items())
+    settings = [f"{row['name']}: {row['steps']} steps" for row in result["rows"][2:]]
+    settings += [f"{key} {value}" for key, value in result["settings"].items() if key != "steps"]
     vocoder, slow, dance = result["vocoder"], result["griffin_lim"], result["world"] == "dance"
     first, last = result["seeds"]
     what, right = ("pictures", "kind") if result["make"] == "picture" else ("sound", "pitch")
@@ -662,7 +664,7 @@ def worlds_table(result):
     note += f"; {right}: of those matched within ±50 ms, chance 0.2" if right in result["rows"][0] else ""
     lines = [*event_table(result["rows"], what, right), "",
              f"n = {result['n']} clips of {result['seconds']} s of {result['world']}, seeds {first} to {last}; weights "
-             f"{result['weights']}; {settings}; {note}; {result['machine']}.",
+             f"{result['weights']}; {', '.join(settings)}; {note}; {result['machine']}.",
              f"VAE PSNR {result['vae_psnr']:.2f} dB (8 x bicubic {result['bicubic_psnr']:.2f} dB). "
              f"Vocoder mel L1 {vocoder['mel_l1']:.3f} (Griffin-Lim {slow['mel_l1']:.3f}), "
              f"STFT distance {vocoder['stft']:.3f} ({slow['stft']:.3f})."]
@@ -1353,8 +1355,8 @@ def folders_table(result):
     notes += [f"Not asked for: {', '.join(result['not_asked'])}."] if result["not_asked"] else []
     title = (f"{result['generated']} against {result['reference']}: {result['clips']} clips, {result['draws']} draw(s) "
              "of each. ¹ CMMD / nCMMD / MM-Diffusion on AIST++. ² The same outputs against other clips' truths. ³ The "
-             "truth as output: through --vocoder or --vae, with its own picture, or a part of the reference against the "
-             "rest. ⁴ Of being no better than chance, clip by clip (Wilcoxon).")
+             "truth as output: through --vocoder or --vae, with its own picture, or a part of the reference against "
+             "the rest. ⁴ Of being no better than chance, clip by clip (Wilcoxon).")
     return "\n".join([*lines, "", title, *notes])
 
 
@@ -1445,11 +1447,11 @@ def draw_steps(drawing, files):
     axis, lines = drawing.subplots(), {}
     for path in files:
         result = json.loads(Path(path).read_text())
-        if "settings" not in result or "counts_50" not in result["rows"][0]:
+        if "settings" not in result or "steps" not in result["rows"][-1]:
             raise ValueError(f"{path}: no result of worlds; make it with: worlds ... --steps N --out {path}")
         for row in result["rows"][2:]:
             name = f"{row['name']}, {'DPM-Solver++' if result['settings'].get('sampler') == 'dpm' else 'DDIM'}"
-            lines.setdefault(name, []).append((result["settings"]["steps"], row["f1_50"], *row["interval_50"]))
+            lines.setdefault(name, []).append((row["steps"], row["f1_50"], *row["interval_50"]))
     for name, points in lines.items():
         steps, f1, low, high = np.array(sorted(points)).T
         axis.errorbar(steps, f1, (f1 - low, high - f1), marker="o", capsize=3, label=name)
@@ -1848,7 +1850,7 @@ MM_DIFFUSION = dict(  # its own script's settings: 1.6 s at 64 px, the wave at 1
     cross_attention_shift=True, video_attention_resolutions=[2, 4, 8], audio_attention_resolutions=[-1],
     video_type="2d+1d", audio_type="1d", channel_mult=(1, 2, 3, 4), num_head_channels=64, resblock_updown=True,
     use_scale_shift_norm=True)
-PASSES = {"pass": 6, "mm-diffusion": 1000}  # to make the sound of a clip: our default; its conditional sampler's
+PASSES = {"pass": 3, "mm-diffusion": 1000}  # to make the sound of a clip: our default; its conditional sampler's
 
 
 def bench(args):
@@ -1963,8 +1965,9 @@ def bench_table(result):
     for row in result["rows"]:
         passes, seconds = PASSES.get(row["what"], ""), row["seconds"]
         what = said.get(row["what"], f"step with {row['what']}")
-        lines.append((what, row["size"], f"{row['parameters'] / 1e6:.1f} M", f"{row['gflop']:.4g}", f"{seconds:.3g}", f"{row['clips'] / seconds:.3g}", f"{row['mib']:.0f} MiB",
-                      passes, f"{passes * seconds:.3g}" if passes else ""))
+        lines.append((what, row["size"], f"{row['parameters'] / 1e6:.1f} M", f"{row['gflop']:.4g}", f"{seconds:.3g}",
+                      f"{row['clips'] / seconds:.3g}", f"{row['mib']:.0f} MiB", passes,
+                      f"{passes * seconds:.3g}" if passes else ""))
     lines = table(["", "size", "parameters", "GFLOP", "seconds", "clips/s", "peak memory", "passes a clip",
                    "seconds a clip"], lines)
     return "\n".join(lines + [
@@ -2031,8 +2034,8 @@ def arguments():
     speed_.add_argument("--seconds", type=float, nargs="+", default=[10, 100, 600],
                         help="lengths (default: %(default)s)")
     speed_.add_argument("--child", help=argparse.SUPPRESS)  # the file to time, in the fresh process
-    worlds_.add_argument("--steps", type=int, help="sampler steps (default: 6; of both: 25)")
-    speed_.add_argument("--steps", type=int, default=6, help="sampler steps (default: %(default)s)")
+    worlds_.add_argument("--steps", type=int, help="of the sampler (default: cmmd.sampling_times)")
+    speed_.add_argument("--steps", type=int, default=3, help="sampler steps (default: %(default)s)")
     for command in (worlds_, speed_, pictures_, pairs_):
         command.add_argument("--weights", default="worlds", help="name in the box, or folder (default: %(default)s)")
         command.add_argument("--device")

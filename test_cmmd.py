@@ -646,6 +646,7 @@ def test_cmmd_sampling_times_are_the_quantiles_of_trained_ones():
     """As many steps in any stretch as a training draws times there (the mixture's kind "two")."""
     times = cmmd.sampling_times(8)
     assert times[0] == 1 and times[-1] == 0 and times == sorted(times, reverse=True)
+    assert cmmd.sampling_times(4, given=0) == [1, 0.75, 0.5, 0.25, 0] != cmmd.sampling_times(4, 0, "replace")
     torch.manual_seed(0)
     drawn = cmmd.draw_times(20_000, shares=(0, 1, 0, 0))[1]
     torch.testing.assert_close(torch.tensor(times[1:-1]), drawn.quantile(1 - torch.arange(1, 8) / 8), rtol=0, atol=0.01)
@@ -656,9 +657,11 @@ def test_cmmd_more_steps_where_nothing_is_given_whole(full_precision):
     video, audio = noise(1, 5, 4, 4, 4), noise(1, 80, 32)
     half = torch.arange(5) < 3, torch.arange(32) < 16
     for given in (dict(video=video), dict(audio=audio), dict(frames=5), dict(video=video, audio=audio, keep=half),
-                  dict(video=video, audio=audio, keep=(None, half[1])), dict(frames=5, steps=3)):
+                  dict(video=video, audio=audio, keep=(None, half[1])), dict(frames=5, steps=2)):
         generate(model, **given, progress=lambda done, of: steps.append(of) if done == of else None)
-    assert steps == [6, 6, 25, 25, 6, 3]
+    assert steps == [3, 6, 25, 25, 3, 2]
+    generate(model, video, condition="replace", progress=lambda done, of: steps.append(of))
+    assert steps[6:] == [10] * 10
 
 
 def test_cmmd_same_seed_gives_the_same_sample_in_any_batch(full_precision):
@@ -844,11 +847,11 @@ def test_cmmd_pictures_are_guided_and_sounds_are_not_unless_asked(full_precision
     monkeypatch.setattr(model, "forward", lambda video, audio, *times: seen.append(
         tuple(round(float(t), 6) for t in times)) or (torch.zeros_like(video), torch.zeros_like(audio)))
     generate(model, given[0], steps=4)
-    assert seen == [(0, 1), (0, 0.9375), (0, 0.75), (0, 0.4375)]
+    assert seen == [(0, 1), (0, 0.75), (0, 0.5), (0, 0.25)]
     seen.clear()
     generate(model, audio=given[1], steps=4)
     assert seen == [(1, 0), (1, 1), (0.9375, 0), (0.9375, 1), (0.75, 0), (0.75, 1), (0.4375, 0)]
-    for audio, guidance, calls in ((given[1], 0.0, 4), (None, 1.0, 7)):
+    for audio, guidance, calls in ((given[1], 0.0, 4), (None, 1.0, 6)):
         seen.clear()
         generate(model, None if audio is not None else given[0], audio, steps=4, guidance=guidance)
         assert len(seen) == calls
@@ -4107,9 +4110,9 @@ def test_evaluate_figure_of_steps(tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="figures need matplotlib")
     row, files = {"f1_50": 0.9, "interval_50": [0.8, 1.0], "counts_50": [[1, 2, 2]]}, []
     for steps, sampler in ((2, "ddim"), (4, "ddim"), (2, "dpm")):
-        rows = [{"name": name} | row for name in ("true", "chain", "clean")]
+        rows = [{"name": name, "steps": steps} | row for name in ("true", "chain", "clean")]
         files.append(tmp_path / f"{steps}{sampler}.json")
-        files[-1].write_text(json.dumps({"settings": {"steps": steps, "sampler": sampler}, "rows": rows}))
+        files[-1].write_text(json.dumps({"settings": {"sampler": sampler}, "rows": rows}))
     assert not evaluate.main(["figure", "steps", str(tmp_path / "a.png"), *map(str, files)])
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     files[0].write_text(json.dumps({"rows": rows}))
