@@ -456,6 +456,8 @@ def _arguments(argv):
                         "where neither side is given whole)")
     parser.add_argument("--condition", default="clean", choices=CONDITIONS, help="how what is given enters")
     parser.add_argument("--guidance", type=number(), help="strength of the guidance (default: the condition's own)")
+    parser.add_argument("--stochasticity", type=number(0, 1), default=0.0, help="share of the noise that is drawn anew at "
+                        "every step; 0: DDIM (default: %(default)s)")
     parser.add_argument("--seed", type=SEED, default=0, help="another seed, another result (default: %(default)s)")
     parser.add_argument("--draws", type=number(1, 10_000, int), help="make so many of each, with SEED, SEED + 1 ...: "
                         "OUT.0.mp4, OUT.1.mp4 ...")
@@ -519,7 +521,7 @@ def _make(parser, args):
     jobs = _jobs(args)
     rank, ranks, gpu = torchrun_place()
     device = args.device or (f"cuda:{gpu}" if torch.cuda.is_available() else None)
-    settings = {name: getattr(args, name) for name in ("steps", "condition", "guidance", "seed")}
+    settings = {name: getattr(args, name) for name in ("steps", "condition", "guidance", "stochasticity", "seed")}
     stretches = {"make_video": args.make_video, "make_audio": args.make_audio}
     settings |= {"models": load_models(args.weights, device), "progress": _progress if sys.stderr.isatty() else None}
 
