@@ -986,9 +986,9 @@ def integrate(predict, noise, given, times, sampler="ddim", stochasticity=0.0, d
 def sampling_times(steps=None, given=None, condition="clean"):
     """Noise levels for `integrate`, from 1 down to 0, one more than steps (ours; measured: README).
 
-    Sound of a clean video: equal steps, 3 unless told otherwise. Else 1 - (i / steps)^2, dense at high noise, where what
-    happens when is decided and where a training draws most of its times (`draw_times`: 1 - u^2): 6 for pictures of a
-    clean sound, 10 by "replace" and "guide", 25 where no side is given whole."""
+    Sound of a clean video: equal steps, 3 unless told otherwise. Else 1 - (i / steps)^2, dense at high noise, where
+    what happens when is decided and where a training draws most of its times (`draw_times`: 1 - u^2): 6 for pictures
+    of a clean sound, 10 by "replace" and "guide", 25 where no side is given whole."""
     if given is None or condition != "clean":
         steps = steps or (25 if given is None else 10)
     else:

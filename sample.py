@@ -456,8 +456,8 @@ def _arguments(argv):
                         "where neither side is given whole)")
     parser.add_argument("--condition", default="clean", choices=CONDITIONS, help="how what is given enters")
     parser.add_argument("--guidance", type=number(), help="strength of the guidance (default: the condition's own)")
-    parser.add_argument("--stochasticity", type=number(0, 1), default=0.0, help="share of the noise that is drawn anew at "
-                        "every step; 0: DDIM (default: %(default)s)")
+    parser.add_argument("--stochasticity", type=number(0, 1), default=0.0, help="share of the noise that is drawn "
+                        "anew at every step; 0: DDIM (default: %(default)s)")
     parser.add_argument("--seed", type=SEED, default=0, help="another seed, another result (default: %(default)s)")
     parser.add_argument("--draws", type=number(1, 10_000, int), help="make so many of each, with SEED, SEED + 1 ...: "
                         "OUT.0.mp4, OUT.1.mp4 ...")

@@ -569,7 +569,8 @@ def train_cmmd(args):
     sources = open_data(args, lambda entry, cache: encoded_files(entry, cache, autoencoder, model.config, args))
     shares = training_share(args, sources)
     if not args.init:
-        model.config = replace(model.config, **mel_level(shares, model.config, args) | args.config)
+        level = mel_level(shares, model.config, args)
+        model.config = replace(model.config, **{key: x for key, x in level.items() if key not in args.config})
     config = model.config
     state = State({"cmmd": model}, "cmmd", args)
     files = [cached_clips(args, x, autoencoder, config) if args.clips and isinstance(x, str) else x for x in shares]
@@ -818,11 +819,10 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 
 def arguments(argv):
     """The command line, with the defaults of the chosen task's recipe."""
-    show = Help
-    parser = Parser(prog="train.py", description=__doc__.splitlines()[0], formatter_class=show)
+    parser = Parser(prog="train.py", description=__doc__.splitlines()[0], formatter_class=Help)
     tasks = parser.add_subparsers(dest="task", required=True, metavar="vae|vocoder|cmmd")
     for name, recipe in RECIPES.items():
-        task = tasks.add_parser(name, formatter_class=show)
+        task = tasks.add_parser(name, formatter_class=Help)
         task.add_argument("--out", required=True, help="folder for checkpoints, logs and the trained weights")
         for key, value in recipe.items():
             task.add_argument(f"--{key}", type=number(kind=type(value)), default=value, help=MEANING[key])
