@@ -18,7 +18,7 @@ In reading order
     vocoder                how near to true sounds vocoders come, over folders of files, beside Griffin-Lim
     ports                  our VAE, vocoder and mel beside the originals: time and memory
     bench                  the model's passes and training steps beside MM-Diffusion's: time, FLOPs, memory
-    command line           python evaluate.py worlds | pictures | compare | pairs | folders ... (--help)
+    command line           python evaluate.py worlds | compare | pairs | folders ... (--help)
 
 Letters: B batch, T video frames, C channels, H W latent height and width, M mel bins, L mel frames, S samples,
 N clips, K kinds of ball. Times are seconds. Every score of clips is printed beside its chance level, its ceiling and n.
@@ -51,7 +51,7 @@ from cmmd import (
     CMMD, CONDITIONS, SIZES, CMMDConfig, Parser, atomic, contrastive_loss, fast_autocast, generate, joint_loss,
     json_object, levels, sample as door, sampling_times, usable_device, whole_mel_frames)
 from cmmd.data import (
-    KIND_HUE, KIND_PITCH, SOUND_TYPES, TEMPI, TRAINING_SEED, VIDEO_TYPES, WORLDS, bounce, check_output, dance,
+    KIND_HUE, KIND_PITCH, SOUND_TYPES, TEMPI, TRAINING_SEED, VIDEO_TYPES, WORLDS, bounce, check_output,
     find_sources, probe, read_audio, read_video, share_of, write_clip)
 from cmmd.sample import load_models
 from cmmd.vae import VAE, load as load_vae, to_frames, to_uint8
@@ -609,25 +609,6 @@ def beat_rows(rows):
     return [line | {"metric": f"{name}: {line['metric']}"} for name, line in lines]
 
 
-@torch.no_grad()
-def pictures(args):
-    """The command `pictures`: print, and with --out write, how well `picture_events` reads the frames of true clips."""
-    check_seeds(args)
-    vae, rows = load_models(args.weights, args.device).vae, []
-    device = next(vae.parameters()).device
-    for world in (bounce, dance):
-        clips = [world(seed, seconds=args.seconds) for seed in range(args.seed_start, args.seed_start + args.n)]
-        true = [clip.video for clip in clips]
-        coded = [to_uint8(vae.decode(vae.encode(to_frames(video[None]).to(device))))[0] for video in true]
-        rows += [picture_row(f"{world.__name__}, {name}", videos, clips, world.__name__)
-                 for name, videos in (("true", true), ("through the VAE", coded))]
-    last = args.seed_start + args.n - 1
-    text = [*event_table(rows, "pictures", "kind"), "", f"n = {args.n} clips of {args.seconds} s, seeds "
-            f"{args.seed_start} to {last}; VAE of {args.weights}; {machine(args.device)}."]
-    return "\n".join(text), {"n": args.n, "seeds": [args.seed_start, last], "seconds": args.seconds,
-                             "weights": args.weights, "machine": machine(args.device), "rows": rows}
-
-
 def picture_row(name, videos, clips, world):
     """Scores of the events seen in N videos (T, H, W, 3) against those of N clips: one dict, a line of the table."""
     found, right = [picture_events(video, clip.fps, world) for video, clip in zip(videos, clips)], []
@@ -687,24 +668,40 @@ def worlds_table(result):
 
 
 def compare(args):
-    """The command `compare`: two results of `worlds` for the same clips, by a paired test over clips."""
-    (one, other), lines = [json.loads(Path(path).read_text()) for path in args.results], []
-    if any(one.get(key) != other.get(key) for key in ("seeds", "seconds", "world", "make")):
-        raise ValueError(f"{args.results[1]}: has other clips than {args.results[0]}; make both with the same seeds")
-    for path, x in zip(args.results, (one, other)):
-        if any("counts_50" not in row or "name" not in row for row in x["rows"]):
-            raise ValueError(f"{path}: has no counts of single clips; make it anew with `evaluate.py worlds`")
-    rows = [{row["name"]: row for row in x["rows"]} for x in (one, other)]
-    for name in [name for name in rows[0] if name in rows[1] and not name.startswith("true")]:
-        for ms in (50, 100):
-            counts = np.stack([x[name][f"counts_{ms}"] for x in rows], axis=1)  # (N, 2, counts)
-            gain = lambda pooled: scores(pooled[..., 0, :]).f1 - scores(pooled[..., 1, :]).f1
-            low, high = bootstrap(counts, gain)
-            single = np.nan_to_num(scores(counts[:, 0]).f1) - np.nan_to_num(scores(counts[:, 1]).f1)
-            _, p, n, zeros = signed_rank(single)
-            lines.append(f"{name}, F1 ±{ms} ms: {gain(counts.sum(0)):+.3f} [{low:+.3f}, {high:+.3f}], "
-                         f"Wilcoxon p = {p:.2g} (n = {n}, {zeros} clips alike)")
+    """The command `compare`: two results of `worlds`, or of `folders`, for the same clips, by a paired test over clips:
+    the first's figures less the second's."""
+    one, other = results = [json.loads(Path(path).read_text()) for path in args.results]
+    tables = [single_counts(path, result) for path, result in zip(args.results, results)]
+    if any(one.get(key) != other.get(key) for key in ("seeds", "seconds", "world", "make", "names")):
+        raise ValueError(f"{args.results[1]}: has other clips than {args.results[0]}; make both of the same clips")
+    lines = []
+    for name in [name for name in tables[0] if name in tables[1]]:
+        statistic = tables[0][name][0]
+        pairs = [pair for pair in zip(*(x[name][1] for x in tables)) if None not in pair]
+        if not pairs:
+            continue
+        counts = np.array(pairs, dtype=np.float64)  # (N, 2, counts)
+        gain = lambda pooled: statistic(pooled[..., 0, :]) - statistic(pooled[..., 1, :])
+        low, high = bootstrap(counts, gain)
+        _, p, n, zeros = signed_rank(np.subtract(*np.nan_to_num(statistic(counts)).T))
+        lines.append(f"{name}: {gain(counts.sum(0)):+.3f} [{low:+.3f}, {high:+.3f}], "
+                     f"Wilcoxon p = {p:.2g} (n = {n}, {zeros} clips alike)")
     print("\n".join(lines) or "nothing to compare: no row of a name in both")
+
+
+def single_counts(path, result):
+    """A result of `worlds` or `folders` -> {figure: (its statistic, the counts of each clip, None where there are
+    none)}."""
+    found = {}
+    if "names" in result:
+        statistics = {name: f for measure in measures() for name, f in measure.rows.items()}
+        found = {row["metric"]: (statistics[row["metric"]], row["counts"]) for row in result["rows"] if "counts" in row}
+    for row in result["rows"] if "world" in result else ():
+        for ms in (50, 100) if "counts_50" in row and not row["name"].startswith("true") else ():
+            found[f"{row['name']}, F1 ±{ms} ms"] = (lambda c: scores(c).f1), row[f"counts_{ms}"]
+    if not found:
+        raise ValueError(f"{path}: has no counts of single clips; make it anew with `evaluate.py worlds` or `folders`")
+    return found
 
 
 def check_seeds(args):
@@ -1123,11 +1120,11 @@ def match_folders(generated, reference):
 
 
 def listen(pairs, args, embed, config):
-    """Every clip of the pairs, heard -> [(K Heard, the truth Heard, and through --vocoder and --vae or None)], and why
-    others were left out. Outputs and truth are cut to the same length."""
+    """Every clip of the pairs, heard -> {name: (K Heard, the truth Heard, and through --vocoder and --vae or None)},
+    and why others were left out. Outputs and truth are cut to the same length."""
     vocoder = load_vocoder(args.vocoder).eval() if args.vocoder else None
     vae = load_vae(args.vae).eval() if args.vae else None
-    clips, left_out = [], []
+    clips, left_out = {}, []
     for pair in pairs:
         paths = [*pair.generated, pair.reference]
         try:
@@ -1151,7 +1148,7 @@ def listen(pairs, args, embed, config):
             again = hear(through_vocoder(waves[-1], vocoder), config, truth[0])
         if vae:
             again = again._replace(movement=movement(pair.reference, args.seconds, vae))
-        clips.append((made, true, again if vocoder or vae else None))
+        clips[pair.name] = made, true, again if vocoder or vae else None
     return clips, left_out
 
 
@@ -1287,8 +1284,9 @@ def pair_rows(measure, clips):
     for name, statistic in measure.rows.items():
         value, low, top = (float(statistic(sum_of(c))) if c else None for c in (per_clip, sum(strange, []), best))
         gains = [np.nan_to_num(statistic(one)) - np.nan_to_num(statistic(wrong)) for one, wrong in both]
-        yield row(name, value, TABLE_2.get(name, ""), bootstrap(np.array(per_clip), statistic), low, top,
-                  sum(map(len, ours)), note, signed_rank(gains)[1])
+        line = row(name, value, TABLE_2.get(name, ""), bootstrap(np.array(per_clip), statistic), low, top,
+                   sum(map(len, ours)), note, signed_rank(gains)[1])
+        yield line | {"counts": [sum_of(counted).tolist() if counted else None for counted in ours]}
 
 
 def sum_of(counts):
@@ -1323,7 +1321,8 @@ def folders(args):
     i3d = load_i3d(args.i3d, args.device) if args.i3d else None
     config, result = VocoderConfig(), {"generated": args.generated, "reference": args.reference}
     pairs, unmatched, others = match_folders(args.generated, args.reference)
-    clips, left_out = listen(pairs, args, embed, config)
+    heard, left_out = listen(pairs, args, embed, config)
+    clips = list(heard.values())
     if len(clips) < 2 and not i3d:
         raise ValueError(f"{args.generated}: {len(clips)} of {len(pairs)} clips have a sound ({left_out[0]})")
     rows = []
@@ -1340,7 +1339,8 @@ def folders(args):
     if embed and len(clips) > 1:
         rows += fad_rows(clips, [embed(path, wave) for path, wave in read(others)], result)
     rows += video_rows(pairs, i3d, args) if i3d else ()
-    result |= {"clips": len(pairs), "draws": len(pairs[0].generated), "seconds": args.seconds, "machine": machine(),
+    result |= {"clips": len(pairs), "names": list(heard), "draws": len(pairs[0].generated), "seconds": args.seconds,
+               "machine": machine(),
                "left_out": [*left_out, *(f"{path}: not in {args.reference}" for path in unmatched)], "rows": rows}
     asked = {"FAD (--embedding)": embed, "FVD, KVD (--i3d)": i3d}
     result["not_asked"] = [name for name, given in asked.items() if not given]
@@ -2010,19 +2010,19 @@ def arguments():
     worlds_ = commands.add_parser("worlds", help="what is made of held-out clips of a world, against their true events")
     worlds_.add_argument("--make", default="sound", choices=["sound", "picture", "both"], help="sounds for pictures, "
                      "pictures for sounds, or both, heard against seen (default: %(default)s)")
-    pictures_ = commands.add_parser("pictures", help="how well impacts and beats are read off held-out clips' pictures")
-    compare_ = commands.add_parser("compare", help="two results of worlds, paired over clips: first less second")
+    compare_ = commands.add_parser("compare", help="two results of worlds or folders, paired over clips: first less "
+                                   "second")
     compare_.add_argument("results", nargs=2, metavar="RESULT.json")
     pairs_ = commands.add_parser("pairs", help="losses of true, shifted and swapped pairs by noise level; retrieval")
     clips_ = commands.add_parser("clips", help="held-out clips of a world as files, for `folders` and others' models")
     clips_.add_argument("folder", help="where they are written, SEED.mp4")
     for command in (worlds_, clips_):
         command.add_argument("--world", default="bounce", choices=WORLDS, help="(default: %(default)s)")
-    for command in (worlds_, pictures_, pairs_, clips_):
+    for command in (worlds_, pairs_, clips_):
         command.add_argument("--n", type=int, default=200, help="clips (default: %(default)s)")
         command.add_argument("--seed-start", type=int, default=TEST_SEED,
                              help="seed of the first clip (default: %(default)s)")
-    for command in (worlds_, pictures_, clips_):
+    for command in (worlds_, clips_):
         command.add_argument("--seconds", type=float, default=1.8, help="length of a clip (default: %(default)s)")
     worlds_.add_argument("--condition", nargs="*", default=CONDITIONS, choices=CONDITIONS, help="(default: all three)")
     worlds_.add_argument("--guidance", type=float)
@@ -2036,7 +2036,7 @@ def arguments():
     speed_.add_argument("--child", help=argparse.SUPPRESS)  # the file to time, in the fresh process
     worlds_.add_argument("--steps", type=int, help="of the sampler (default: cmmd.sampling_times)")
     speed_.add_argument("--steps", type=int, default=3, help="sampler steps (default: %(default)s)")
-    for command in (worlds_, speed_, pictures_, pairs_):
+    for command in (worlds_, speed_, pairs_):
         command.add_argument("--weights", default="worlds", help="name in the box, or folder (default: %(default)s)")
         command.add_argument("--device")
         command.add_argument("--out", help="also write everything to this .json, or the rows to this .csv")
@@ -2111,7 +2111,7 @@ def ports_arguments(commands):
         command.add_argument("--out", help="also write everything to this .json, or the rows to this .csv")
 
 
-COMMANDS = {"worlds": worlds, "clips": world_files, "pictures": pictures, "compare": compare, "pairs": pairs,
+COMMANDS = {"worlds": worlds, "clips": world_files, "compare": compare, "pairs": pairs,
             "speed": speed, "folders": folders, "figure": figure, "vocoder": vocoder, "ports": ports, "bench": bench,
             "study": lambda args: (study_make if args.step == "make" else study_read)(args)}
 

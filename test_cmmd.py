@@ -3764,6 +3764,13 @@ def test_evaluate_folders_end_to_end(clip_folders, tmp_path, monkeypatch, capsys
     assert "has 20 frames at 10 fps, not 36" in true["FVD, KVD, 36 frames (64)"]["note"]
     assert all(row["n"] == 0 for name, row in true.items() if "beat" in name and "CDCD" not in name)
     assert true["movement correlation"]["ceiling"] is None
+    assert evaluate.main(["compare", "true.json", "swapped.json"]) == 0
+    gains = dict(line.split(": ") for line in capsys.readouterr().out.splitlines())
+    for name in ("onset F1 ±50 ms", "envelope correlation, residual"):
+        assert gains[name].startswith(f"{true[name]['value'] - swapped[name]['value']:+.3f} [") and "n = 6, 0" in gains[name]
+    assert "n = 0, 6 clips alike" in gains["movement correlation"] and not any("FAD" in name for name in gains)
+    (tmp_path / "others.json").write_text(json.dumps(results["true"] | {"names": list("abcdef")}))
+    assert evaluate.main(["compare", "true.json", "others.json"]) == 2
     assert evaluate.main([words[0], words[0], "--vae", str(WORLDS / "vae.safetensors"), "--train", words[0],
                           "--out", "vae.json"]) == 0
     rows = {row["metric"]: row for row in json.loads((tmp_path / "vae.json").read_text())["rows"]}
@@ -4039,7 +4046,7 @@ def test_evaluate_compare_pairs_clips(tmp_path, capsys):
     assert "clean, F1 ±50 ms: +1.000 [+1.000, +1.000]" in at_50 and "(n = 20, 0 clips alike)" in at_50
     assert "+0.000 [+0.000, +0.000]" in at_100 and "20 clips alike" in at_100
     assert evaluate.main(["compare", str(tmp_path / "right.json"), str(tmp_path / "other.json")]) == 2
-    assert "same seeds" in capsys.readouterr().err
+    assert "same clips" in capsys.readouterr().err
     (tmp_path / "folders.json").write_text(json.dumps({"rows": [{"metric": "AV-Align"}]}))
     for pair in (("right", "old"), ("folders", "folders")):
         assert evaluate.main(["compare", *(str(tmp_path / f"{name}.json") for name in pair)]) == 2
