@@ -1,13 +1,12 @@
 """CMMD: contrastive multi-modal diffusion for video-audio conditional modelling (Yang et al., arXiv 2312.05412).
 
-The method of the paper, over tensors: nothing here knows of files of media, frames or waves. In this order (the method
-begins at "Schedule"; what stands before it serves all files):
-  files        atomic, save, load: weights and their sizes in one safetensors file; others' weights; command lines
-  schedule     alpha_bar, diffuse, velocity and back                                    Sec. 2.1
+The method of the paper, over tensors: nothing here knows of files of media, frames or waves. In this order:
+  schedule     scales, diffuse, velocity and back                                       Sec. 2.1
   the model    CMMDConfig, blocks, EasyFusion, CMMD: two U-Nets side by side            Fig. 1
   losses       joint_loss (Eq. 2), contrastive_loss (Eq. 6), the times of a training    Sec. 2.1, 2.2
   negatives    draw_negatives: shift, splice, swap                                      Sec. 2.2
   sampler      generate: clean, replace or guide (Eqs. 3, 5), windows for any length    Sec. 2.1
+  the rest     save, load, others' weights, devices, command lines: what serves all files
 
 Letters: B batch, T video frames, C channels, H W latent height and width, M mel bins, L mel frames. "velocity" is the
 v-target of Salimans and Ho; `t` in [0, 1] is the noise level (the paper's n / N), 0 clean and 1 pure noise.
@@ -37,240 +36,13 @@ __version__ = "0.1.0"
 __path__ = [os.path.dirname(os.path.abspath(__file__))]  # sibling files import as cmmd.vae, cloned or installed
 
 
-# ---- Files
-
-
-@contextmanager
-def atomic(path):
-    """Yield a temporary path beside `path` to write to; rename it to `path` on success, remove it on failure.
-
-    ValueError if the folder does not exist or cannot be written."""
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise ValueError(f"{path}: cannot write, the folder {path.parent} does not exist; make it first")
-    if path.is_dir():
-        raise ValueError(f"{path}: cannot write, this is a folder; give a file name")
-    try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.stem[:40]}-", suffix=path.suffix, dir=path.parent)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot write in {path.parent} ({error.strerror}); choose another folder") from None
-    os.close(handle)
-    umask = os.umask(0)
-    os.umask(umask)
-    try:
-        yield Path(name)
-        os.chmod(name, 0o666 & ~umask)  # temporary files are private; outputs are ordinary ones
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
-
-
-def save(path: str | os.PathLike, module: nn.Module, dtype: torch.dtype | None = None) -> None:
-    """Write module's weights, class name and config to one safetensors file; floating weights as `dtype` if given."""
-    weights = {name: w.detach().cpu().contiguous() for name, w in module.state_dict().items()}
-    if dtype is not None:
-        weights = {name: w.to(dtype) if w.is_floating_point() else w for name, w in weights.items()}
-    write_tensors(path, weights, {"class": type(module).__name__, "config": json.dumps(asdict(module.config))})
-
-
-def write_tensors(path, tensors, header):
-    """Tensors by name and a header {text: text} as one safetensors file, whole or not at all; ValueError on a full
-    disk."""
-    with atomic(path) as temporary:
-        try:
-            save_file(tensors, temporary, metadata=header)
-        except SafetensorError as error:
-            raise ValueError(f"{path}: cannot be written ({error})") from None
-
-
-def load(path: str | os.PathLike, cls: type[nn.Module]) -> nn.Module:
-    """Build cls(cls.Config) from a file that `save` wrote, load the weights strictly -> the module, float32, eval mode.
-
-    ValueError, in one line, if the file is missing, is no safetensors file, holds another class, config or tensors."""
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            header = file.metadata() or {}
-            weights = {name: file.get_tensor(name).float() for name in file.keys()}
-    except (OSError, SafetensorError) as error:
-        reason = "there is no such file" if not os.path.exists(path) else f"not a whole safetensors file ({error})"
-        raise ValueError(f"{path}: {reason}; expected the weights of a {cls.__name__}") from None
-    if header.get("class") != cls.__name__:
-        raise ValueError(f"{path}: holds {header.get('class', 'weights of unknown kind')}, expected a {cls.__name__}")
-    try:
-        module = cls(cls.Config(**json.loads(header["config"])))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: its config makes no {cls.__name__} of this version ({error})") from None
-    try:
-        module.load_state_dict(weights, strict=True)
-    except RuntimeError as error:
-        raise ValueError(f"{path}: weights do not fit their own config: {str(error).splitlines()[1].strip()}") from None
-    return module.eval()
-
-
-def read_tensors(path, kind, wanted=list):
-    """Somebody's weights: the tensors of a file by name, or None if it is one that `save` wrote.
-
-    It may be a safetensors file, or a pickle of nothing but tensors, also inside a training checkpoint; wanted(names)
-    chooses among them. ValueError, in one line, for any other file; `kind` ("VAE") tells what was expected."""
-    start = None
-    try:
-        with open(path, "rb") as file:
-            start = file.read(40)
-        if start[8:9] == b"{":
-            with safe_open(str(path), "pt") as file:
-                ours = "class" in (file.metadata() or {})
-                return None if ours else {name: file.get_tensor(name) for name in wanted(file.keys())}
-        content = torch.load(str(path), map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # whatever a damaged or foreign file provokes
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        reason = ("there is no such file" if isinstance(error, FileNotFoundError)
-                  else f"cannot be read ({getattr(error, 'strerror', error)})" if start is None
-                  else "empty (0 bytes)" if not start
-                  else "a Git LFS pointer, not the weights themselves" if start.startswith(b"version https://git-lfs")
-                  else f"holds a {code[1]}, which could run code; get it as .safetensors" if code
-                  else f"damaged, or of another kind ({type(error).__name__})")
-        raise ValueError(f"{path}: {reason}; expected the weights of a {kind}, .safetensors or a pickled state dict of "
-                         "tensors") from None
-    for key in ("state_dict", "generator", "model"):  # a training checkpoint around it
-        content = content[key] if isinstance(content, dict) and isinstance(content.get(key), dict) else content
-    content = content if isinstance(content, dict) else {}
-    tensors = {str(name): x for name, x in content.items() if isinstance(x, torch.Tensor)}
-    return {name.removeprefix("module."): tensors[name] for name in wanted(tensors)}
-
-
-def fit_tensors(path, tensors, names, module, kind, known):
-    """Load somebody's tensors into `module` -> module, in evaluation mode. names: theirs -> ours.
-
-    ValueError, in one line, if names or shapes differ; known: a piece of a name -> what a file with it looks like."""
-    missing, extra = [n for n in names if n not in tensors], [n for n in tensors if n not in names]
-    if missing or extra:
-        looks = [text for piece, text in known.items() if any(piece in n for n in tensors)] or ["another network"]
-        raise ValueError(f"{path}: not a {kind}'s state dict, it looks like {looks[0]}; "
-                         f"missing: {first_few(missing)}; extra: {first_few(extra)}")
-    state = module.state_dict()
-    for theirs, name in names.items():
-        x, shape = tensors[theirs], tuple(state[name].shape)
-        state[name] = x = x[..., 0, 0] if x.shape == (*shape, 1, 1) else x  # attention by 1x1 convolutions
-        if x.shape != shape:
-            raise ValueError(f"{path}: {theirs} is {tuple(x.shape)}, the other tensors imply {shape}")
-    module.to_empty(device="cpu").load_state_dict(state)
-    return module.eval()
-
-
-def first_few(names, count=4):
-    """Names for an error message: the first `count`, and how many there are if that is not all."""
-    names = list(names)
-    return (", ".join(names[:count]) or "none") + (f", ... ({len(names)} in all)" if len(names) > count else "")
-
-
-class Parser(argparse.ArgumentParser):
-    """A command line that refuses in one line, exit status 2; so do its subcommands."""
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {' '.join(message.split())} (--help tells more)\n")
-
-    def run(self, function, *arguments):
-        """function(*arguments); the exit status: what it returns or 0, or 2 after one line that says what is wrong."""
-        try:
-            return function(*arguments) or 0
-        except (ValueError, ImportError, OSError, torch.cuda.OutOfMemoryError) as error:
-            print(f"{self.prog}: {' '.join(str(error).split())}", file=sys.stderr)
-            return 2
-        except KeyboardInterrupt:
-            raise SystemExit(130) from None
-
-
-def number(low=-1e9, high=1e9, kind=float):
-    """A `type` for Parser.add_argument: a number of `kind` from low to high, the ends included, so never NaN."""
-
-    def read(text):
-        value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is no number from {low:g} to {high:g}")
-        return value
-
-    read.__name__ = "number" if kind is float else "whole number"  # for what is none at all
-    return read
-
-
-def json_object(text):
-    """A `type` for Parser.add_argument: a JSON object -> a dict."""
-    content = json.loads(text)
-    if not isinstance(content, dict):
-        raise ValueError
-    return content
-
-
-SEED = number(0, 2**63 - 1, int)  # what a torch.Generator takes
-
-
-def convert(program, read, options, argv=None):
-    """The command line `python PROGRAM convert IN OUT.safetensors [--half]` -> exit status.
-
-    read(IN, **settings) -> the module to save; options: setting -> its type and help, a --flag each."""
-    parser = Parser(prog=program, description="Weights of others, for our own files.")
-    command = parser.add_subparsers(required=True, metavar="convert").add_parser(
-        "convert", help="published weights (or ours) -> our safetensors file")
-    command.add_argument("source", metavar="IN", help="state dict or whole checkpoint: .safetensors .pt .bin .ckpt")
-    command.add_argument("target", metavar="OUT.safetensors")
-    command.add_argument("--half", action="store_true", help="write float16, half the size")
-    for name, (kind, text) in options.items():
-        command.add_argument(f"--{name.replace('_', '-')}", type=kind, default=argparse.SUPPRESS, help=text)
-    settings = vars(parser.parse_args(argv))
-    source, target, half = (settings.pop(name) for name in ("source", "target", "half"))
-
-    def work():
-        if Path(target).suffix != ".safetensors":
-            raise ValueError(f"{target}: the output's name must end in .safetensors")
-        module = read(source, **settings)
-        save(target, module, torch.float16 if half else None)
-        print(f"{target}: {sum(x.numel() for x in module.parameters()) / 1e6:.1f} M parameters, {module.config}")
-
-    return parser.run(work)
-
-
-def torchrun_place():
-    """(rank, number of processes, rank on this machine), as torchrun tells them; (0, 1, 0) without it."""
-    return tuple(int(os.environ.get(*pair)) for pair in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-
-
-def usable_device(name=None):
-    """torch.device of a name; by default a GPU if there is one. ValueError, in one line, where it cannot be used."""
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.zeros(1, device=name).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device {name}: cannot be used ({str(error).splitlines()[0]}); try cpu") from None
-    return torch.device(name)
-
-
-def fast_autocast(device):
-    """Context: bf16 autocast where that is fast (GPUs from Ampere on, CPUs with native bf16), else plain float32.
-
-    CPUs that only emulate bf16 run a convolution 2.4 times slower in it than in float32, so the code asks."""
-    kind = torch.device(device).type
-    fast = kind == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)  # before Ampere bf16 is emulated
-    if kind == "cpu":
-        capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-        fast = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-    return torch.autocast(kind, torch.bfloat16) if fast else nullcontext()
-
-
-def no_autocast(device):
-    """Context: float32 stays float32, also within `fast_autocast`."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
-
-
 # ---- Schedule (ours: the paper's appendix would give it). All arithmetic in float32.
 
 
-def alpha_bar(t):
-    """Share of signal power at noise level t in [0, 1]: cos^2(pi t / 2), 1 at t = 0 and 0 at t = 1. Same shape as t."""
-    return torch.cos(t * (math.pi / 2)).square()
-
-
-def _scales(t, like):
-    """sqrt(alpha_bar), sqrt(1 - alpha_bar) of t (B,) or a scalar, shaped to multiply `like` (B, ...)."""
+def scales(t, like):
+    """What signal and noise are multiplied by at t in [0, 1], a number or (B,) -> sqrt(alpha_bar), sqrt(1 - alpha_bar),
+    shaped to multiply `like` (B, ...). The schedule: alpha_bar = cos^2(pi t / 2), the share of signal power, from 1 at
+    t = 0 to 0 at t = 1."""
     angle = torch.as_tensor(t, dtype=torch.float32, device=like.device) * (math.pi / 2)
     angle = angle.reshape(angle.shape + (1,) * (like.dim() - angle.dim()))
     return torch.cos(angle), torch.sin(angle)
@@ -291,19 +63,19 @@ def levels(t, shift):
 
 def diffuse(x, noise, t):
     """Eq. 5: x_t = sqrt(alpha_bar) x + sqrt(1 - alpha_bar) noise. x, noise (B, ...); t (B,) or a number."""
-    signal, sigma = _scales(t, x)
+    signal, sigma = scales(t, x)
     return signal * x + sigma * noise
 
 
 def velocity(x, noise, t):
     """The target of Eq. 2: sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x. x, noise (B, ...); t (B,) or a number."""
-    signal, sigma = _scales(t, x)
+    signal, sigma = scales(t, x)
     return signal * noise - sigma * x
 
 
 def denoise(x_t, v, t):
     """Inverse of `diffuse` and `velocity`: noisy data and velocity -> (x, noise), exactly."""
-    signal, sigma = _scales(t, x_t)
+    signal, sigma = scales(t, x_t)
     return signal * x_t - sigma * v, sigma * x_t + signal * v
 
 
@@ -1010,7 +782,7 @@ def ddim_step(x_t, x_0, t, t_next, stochasticity=0.0, fresh=0.0):
     """Eq. 3, second line, as DDIM reads it: the noise is what x_0 leaves of x_t; a share s of it may be drawn anew.
 
     DDIM's eta (1: DDPM's noise) is s = eta sqrt((1 - a / a') / (1 - a)), a and a' being alpha_bar at t and t_next."""
-    signal, sigma = _scales(t, x_t)
+    signal, sigma = scales(t, x_t)
     noise = (x_t - signal * x_0) / sigma
     return diffuse(x_0, math.sqrt(1 - stochasticity**2) * noise + stochasticity * fresh, t_next)
 
@@ -1053,7 +825,7 @@ def _predictor(model, windows, known, given, condition, guidance, shift):
         if condition == "replace":
             return at(x, times)
         x_0, gradient = windows.reconstruction_gradient(model, x, times, whole, given)
-        signal = _scales(times[1 - given], x_0)[0]  # sqrt(alpha_bar)
+        signal = scales(times[1 - given], x_0)[0]  # sqrt(alpha_bar)
         pulled = x_0 - guidance * signal * gradient
         return [None, pulled] if given == 0 else [pulled, None]
 
@@ -1162,3 +934,227 @@ class Windows:
             self.paste(out, x_0[made].detach(), made, pairs)
             self.paste(gradient, pull, made, pairs, weighted=False)
         return out, gradient
+
+
+# ---- The rest: what serves all files
+
+
+@contextmanager
+def atomic(path):
+    """Yield a temporary path beside `path` to write to; rename it to `path` on success, remove it on failure.
+
+    ValueError if the folder does not exist or cannot be written."""
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise ValueError(f"{path}: cannot write, the folder {path.parent} does not exist; make it first")
+    if path.is_dir():
+        raise ValueError(f"{path}: cannot write, this is a folder; give a file name")
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.stem[:40]}-", suffix=path.suffix, dir=path.parent)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot write in {path.parent} ({error.strerror}); choose another folder") from None
+    os.close(handle)
+    umask = os.umask(0)
+    os.umask(umask)
+    try:
+        yield Path(name)
+        os.chmod(name, 0o666 & ~umask)  # temporary files are private; outputs are ordinary ones
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def save(path: str | os.PathLike, module: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Write module's weights, class name and config to one safetensors file; floating weights as `dtype` if given."""
+    weights = {name: w.detach().cpu().contiguous() for name, w in module.state_dict().items()}
+    if dtype is not None:
+        weights = {name: w.to(dtype) if w.is_floating_point() else w for name, w in weights.items()}
+    write_tensors(path, weights, {"class": type(module).__name__, "config": json.dumps(asdict(module.config))})
+
+
+def write_tensors(path, tensors, header):
+    """Tensors by name and a header {text: text} as one safetensors file, whole or not at all; ValueError on a full
+    disk."""
+    with atomic(path) as temporary:
+        try:
+            save_file(tensors, temporary, metadata=header)
+        except SafetensorError as error:
+            raise ValueError(f"{path}: cannot be written ({error})") from None
+
+
+def load(path: str | os.PathLike, cls: type[nn.Module]) -> nn.Module:
+    """Build cls(cls.Config) from a file that `save` wrote, load the weights strictly -> the module, float32, eval mode.
+
+    ValueError, in one line, if the file is missing, is no safetensors file, holds another class, config or tensors."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            header = file.metadata() or {}
+            weights = {name: file.get_tensor(name).float() for name in file.keys()}
+    except (OSError, SafetensorError) as error:
+        reason = "there is no such file" if not os.path.exists(path) else f"not a whole safetensors file ({error})"
+        raise ValueError(f"{path}: {reason}; expected the weights of a {cls.__name__}") from None
+    if header.get("class") != cls.__name__:
+        raise ValueError(f"{path}: holds {header.get('class', 'weights of unknown kind')}, expected a {cls.__name__}")
+    try:
+        module = cls(cls.Config(**json.loads(header["config"])))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: its config makes no {cls.__name__} of this version ({error})") from None
+    try:
+        module.load_state_dict(weights, strict=True)
+    except RuntimeError as error:
+        raise ValueError(f"{path}: weights do not fit their own config: {str(error).splitlines()[1].strip()}") from None
+    return module.eval()
+
+
+def read_tensors(path, kind, wanted=list):
+    """Somebody's weights: the tensors of a file by name, or None if it is one that `save` wrote.
+
+    It may be a safetensors file, or a pickle of nothing but tensors, also inside a training checkpoint; wanted(names)
+    chooses among them. ValueError, in one line, for any other file; `kind` ("VAE") tells what was expected."""
+    start = None
+    try:
+        with open(path, "rb") as file:
+            start = file.read(40)
+        if start[8:9] == b"{":
+            with safe_open(str(path), "pt") as file:
+                ours = "class" in (file.metadata() or {})
+                return None if ours else {name: file.get_tensor(name) for name in wanted(file.keys())}
+        content = torch.load(str(path), map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # whatever a damaged or foreign file provokes
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        reason = ("there is no such file" if isinstance(error, FileNotFoundError)
+                  else f"cannot be read ({getattr(error, 'strerror', error)})" if start is None
+                  else "empty (0 bytes)" if not start
+                  else "a Git LFS pointer, not the weights themselves" if start.startswith(b"version https://git-lfs")
+                  else f"holds a {code[1]}, which could run code; get it as .safetensors" if code
+                  else f"damaged, or of another kind ({type(error).__name__})")
+        raise ValueError(f"{path}: {reason}; expected the weights of a {kind}, .safetensors or a pickled state dict of "
+                         "tensors") from None
+    for key in ("state_dict", "generator", "model"):  # a training checkpoint around it
+        content = content[key] if isinstance(content, dict) and isinstance(content.get(key), dict) else content
+    content = content if isinstance(content, dict) else {}
+    tensors = {str(name): x for name, x in content.items() if isinstance(x, torch.Tensor)}
+    return {name.removeprefix("module."): tensors[name] for name in wanted(tensors)}
+
+
+def fit_tensors(path, tensors, names, module, kind, known):
+    """Load somebody's tensors into `module` -> module, in evaluation mode. names: theirs -> ours.
+
+    ValueError, in one line, if names or shapes differ; known: a piece of a name -> what a file with it looks like."""
+    missing, extra = [n for n in names if n not in tensors], [n for n in tensors if n not in names]
+    if missing or extra:
+        looks = [text for piece, text in known.items() if any(piece in n for n in tensors)] or ["another network"]
+        raise ValueError(f"{path}: not a {kind}'s state dict, it looks like {looks[0]}; "
+                         f"missing: {first_few(missing)}; extra: {first_few(extra)}")
+    state = module.state_dict()
+    for theirs, name in names.items():
+        x, shape = tensors[theirs], tuple(state[name].shape)
+        state[name] = x = x[..., 0, 0] if x.shape == (*shape, 1, 1) else x  # attention by 1x1 convolutions
+        if x.shape != shape:
+            raise ValueError(f"{path}: {theirs} is {tuple(x.shape)}, the other tensors imply {shape}")
+    module.to_empty(device="cpu").load_state_dict(state)
+    return module.eval()
+
+
+def first_few(names, count=4):
+    """Names for an error message: the first `count`, and how many there are if that is not all."""
+    names = list(names)
+    return (", ".join(names[:count]) or "none") + (f", ... ({len(names)} in all)" if len(names) > count else "")
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line that refuses in one line, exit status 2; so do its subcommands."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {' '.join(message.split())} (--help tells more)\n")
+
+    def run(self, function, *arguments):
+        """function(*arguments); the exit status: what it returns or 0, or 2 after one line that says what is wrong."""
+        try:
+            return function(*arguments) or 0
+        except (ValueError, ImportError, OSError, torch.cuda.OutOfMemoryError) as error:
+            print(f"{self.prog}: {' '.join(str(error).split())}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            raise SystemExit(130) from None
+
+
+def number(low=-1e9, high=1e9, kind=float):
+    """A `type` for Parser.add_argument: a number of `kind` from low to high, the ends included, so never NaN."""
+
+    def read(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is no number from {low:g} to {high:g}")
+        return value
+
+    read.__name__ = "number" if kind is float else "whole number"  # for what is none at all
+    return read
+
+
+def json_object(text):
+    """A `type` for Parser.add_argument: a JSON object -> a dict."""
+    content = json.loads(text)
+    if not isinstance(content, dict):
+        raise ValueError
+    return content
+
+
+SEED = number(0, 2**63 - 1, int)  # what a torch.Generator takes
+
+
+def convert(program, read, options, argv=None):
+    """The command line `python PROGRAM convert IN OUT.safetensors [--half]` -> exit status.
+
+    read(IN, **settings) -> the module to save; options: setting -> its type and help, a --flag each."""
+    parser = Parser(prog=program, description="Weights of others, for our own files.")
+    command = parser.add_subparsers(required=True, metavar="convert").add_parser(
+        "convert", help="published weights (or ours) -> our safetensors file")
+    command.add_argument("source", metavar="IN", help="state dict or whole checkpoint: .safetensors .pt .bin .ckpt")
+    command.add_argument("target", metavar="OUT.safetensors")
+    command.add_argument("--half", action="store_true", help="write float16, half the size")
+    for name, (kind, text) in options.items():
+        command.add_argument(f"--{name.replace('_', '-')}", type=kind, default=argparse.SUPPRESS, help=text)
+    settings = vars(parser.parse_args(argv))
+    source, target, half = (settings.pop(name) for name in ("source", "target", "half"))
+
+    def work():
+        if Path(target).suffix != ".safetensors":
+            raise ValueError(f"{target}: the output's name must end in .safetensors")
+        module = read(source, **settings)
+        save(target, module, torch.float16 if half else None)
+        print(f"{target}: {sum(x.numel() for x in module.parameters()) / 1e6:.1f} M parameters, {module.config}")
+
+    return parser.run(work)
+
+
+def torchrun_place():
+    """(rank, number of processes, rank on this machine), as torchrun tells them; (0, 1, 0) without it."""
+    return tuple(int(os.environ.get(*pair)) for pair in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+
+
+def usable_device(name=None):
+    """torch.device of a name; by default a GPU if there is one. ValueError, in one line, where it cannot be used."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=name).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device {name}: cannot be used ({str(error).splitlines()[0]}); try cpu") from None
+    return torch.device(name)
+
+
+def fast_autocast(device):
+    """Context: bf16 autocast where that is fast (GPUs from Ampere on, CPUs with native bf16), else plain float32.
+
+    CPUs that only emulate bf16 run a convolution 2.4 times slower in it than in float32, so the code asks."""
+    kind = torch.device(device).type
+    fast = kind == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)  # before Ampere bf16 is emulated
+    if kind == "cpu":
+        capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        fast = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return torch.autocast(kind, torch.bfloat16) if fast else nullcontext()
+
+
+def no_autocast(device):
+    """Context: float32 stays float32, also within `fast_autocast`."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
