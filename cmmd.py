@@ -23,6 +23,7 @@ import zipfile
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import repeat
+from numbers import Integral
 from pathlib import Path
 from typing import NamedTuple
 
@@ -671,7 +672,7 @@ def generate(model: CMMD, video: torch.Tensor | None = None, audio: torch.Tensor
     windows = Windows(T, config, stride, window_batch)
     L = mel_frames(T, config) if given != 1 else audio.shape[2]
     shapes = (windows.T, config.latent_channels, H, W), (config.mel_bins, windows.L)
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
     draw = lambda side: torch.stack([torch.randn(shapes[side], generator=g) for g in generators]).to(device)
     noise = [draw(0), draw(1)]
     guidance = own_guidance(condition, given) if guidance is None else guidance
@@ -721,7 +722,7 @@ def _given_whole(known, keep):
 
 def check_sampling(steps, condition, guidance=None, stochasticity=0.0, sampler="ddim"):
     """Raise ValueError for settings of `generate` that are out of range."""
-    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
+    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, Integral) or steps < 1):
         raise ValueError(f"steps is {steps!r}, expected a whole number of at least 1")
     if condition not in CONDITIONS:
         raise ValueError(f"condition is {condition!r}, expected one of {', '.join(CONDITIONS)}")
@@ -1070,6 +1071,8 @@ class Parser(argparse.ArgumentParser):
 
     def run(self, function, *arguments):
         """function(*arguments); the exit status: what it returns or 0, or 2 after one line that says what is wrong."""
+        if hasattr(sys.stdout, "reconfigure"):  # no name of a file is refused by a terminal that cannot show it
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
             return function(*arguments) or 0
         except (ValueError, ImportError, OSError, torch.cuda.OutOfMemoryError) as error:
@@ -1157,4 +1160,4 @@ def fast_autocast(device):
 
 def no_autocast(device):
     """Context: float32 stays float32, also within `fast_autocast`."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+    return torch.autocast(device.type, enabled=False) if device.type in ("cuda", "cpu") else nullcontext()

@@ -56,6 +56,7 @@ COPIED = {  # pictures that each container takes as they are; any other is encod
     ".webm": ("vp8", "vp9", "av1"),
 }
 NO_TIME = -(2**63)  # what ffmpeg prints for a packet without a time
+LOUDEST = 10  # lossy codecs overshoot 1 by a little; what is louder is no wave in [-1, 1], but another scale
 TIE = 0.0005  # s; a change of frames this near to a sampled time is at it: containers round times to 1 ms
 
 
@@ -214,6 +215,9 @@ def read_audio(path: str | os.PathLike, sample_rate: int = 16000, start: float =
                    "-f", "f32le", "pipe:1"], check=False)
     _finished(path, result.returncode)
     wave = np.frombuffer(result.stdout, np.float32)
+    if len(wave) and not np.abs(wave).max() <= LOUDEST:  # NaN is caught too
+        raise ValueError(f"{path}: its sound reaches {np.abs(wave).max():.3g}, a wave lies in [-1, 1]; scale it, or copy "
+                         "the file again")
     errors = result.stderr.count(b"[error]")
     if not len(wave):
         reason = f"cannot be decoded ({_reason(result.stderr.decode(errors='replace'))})" if errors else "is empty"
@@ -337,8 +341,11 @@ def _write_sound(path, audio, sample_rate):
 
     if audio is None:
         raise ValueError(f"{path}: there is no sound to write; choose a video type: {' '.join(VIDEO_TYPES)}")
-    with atomic(path) as whole:
-        soundfile.write(str(whole), _wave(audio), sample_rate, subtype="PCM_16")
+    try:
+        with atomic(path) as whole:
+            soundfile.write(str(whole), _wave(audio), sample_rate, subtype="PCM_16")
+    except soundfile.SoundFileError as error:
+        raise ValueError(f"{path}: cannot be written ({error})") from None
 
 
 def _picture_seconds(path, media):
@@ -520,6 +527,7 @@ def bounce(seed: int, seconds: float = 1.8, fps: float = 10, size: int = 64, sam
     Every touch of the floor sounds and every sound is a touch; touches before the clip's start leave their ring in it.
     Colour tells a ball's pitch (KIND_HUE, KIND_PITCH), speed its loudness. There are 1-5 touches per 1.8 s, at least
     140 ms apart. The same seed gives the same clip; `size` and `fps` only change how it is drawn, size 0 not at all."""
+    _check_length(seconds)
     rng = np.random.default_rng([seed, 0])
     while True:
         touches = _draw_touches(rng, seconds)
@@ -532,6 +540,11 @@ def bounce(seed: int, seconds: float = 1.8, fps: float = 10, size: int = 64, sam
     video = _bounce_picture(np.random.default_rng([seed, 2]), touches, kinds, gravity, seconds, fps, size)
     times = np.array([t for t, _, _ in inside])
     return WorldClip(video, audio, fps, sample_rate, times, np.array([kinds[ball] for _, ball, _ in inside]))
+
+
+def _check_length(seconds):
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"seconds is {seconds}, a clip's length must be above 0")
 
 
 def _draw_touches(rng, seconds):
@@ -657,6 +670,7 @@ def dance(seed: int, seconds: float = 1.8, fps: float = 10, size: int = 64, samp
     STYLES, to be seen in moves and shirt and heard in drum, cymbal and melody. On every beat the drum sounds, equally
     loud, and the figure turns round at its lowest: between beats it swings from one key pose to the other. The same
     seed gives the same dance, however long; `size` and `fps` only change how it is drawn, size 0 not at all."""
+    _check_length(seconds)
     rng = np.random.default_rng([seed, 3])
     kind, tempo = int(rng.integers(len(STYLES))), rng.uniform(*TEMPI)
     period = 60 / tempo

@@ -49,7 +49,7 @@ import torch
 
 from cmmd import (
     CMMD, CONDITIONS, SIZES, CMMDConfig, Parser, atomic, contrastive_loss, fast_autocast, generate, joint_loss,
-    json_object, levels, sample as door, sampling_times, usable_device, whole_mel_frames)
+    json_object, levels, number, sample as door, sampling_times, usable_device, whole_mel_frames)
 from cmmd.data import (
     KIND_HUE, KIND_PITCH, SOUND_TYPES, TEMPI, TRAINING_SEED, VIDEO_TYPES, WORLDS, bounce, check_output,
     find_sources, probe, read_audio, read_video, share_of, write_clip)
@@ -2023,7 +2023,8 @@ def arguments():
         command.add_argument("--seed-start", type=int, default=TEST_SEED,
                              help="seed of the first clip (default: %(default)s)")
     for command in (worlds_, clips_):
-        command.add_argument("--seconds", type=float, default=1.8, help="length of a clip (default: %(default)s)")
+        command.add_argument("--seconds", type=number(0.1, 7200), default=1.8, help="length of a clip (default: "
+                             "%(default)s)")
     worlds_.add_argument("--condition", nargs="*", default=CONDITIONS, choices=CONDITIONS, help="(default: all three)")
     worlds_.add_argument("--guidance", type=float)
     worlds_.add_argument("--stochasticity", type=float)

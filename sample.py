@@ -35,7 +35,8 @@ NOTHING_LEFT = ("got both a video and a sound, so nothing is left to make; give 
                 "anew (make_video, make_audio)")
 TYPES = (*data.VIDEO_TYPES, *data.SOUND_TYPES, ".png")
 WEIGHTS = Path(__file__).resolve().parent / "weights"
-LONGEST = 7_200  # seconds that may be asked for
+SHORTEST, LONGEST = 0.01, 7_200  # seconds that may be asked for
+IN_MEMORY = 2**24  # bytes of frames or of a wave; what is more waits in a file
 CHUNK = 64  # frames that are read, encoded or decoded at once
 FADE = 0.01  # s; kept sound goes over into made sound within its last and first 10 ms
 DEMO_SEED, DEMO_SECONDS = 7, 3.6
@@ -96,13 +97,18 @@ def sample(video=None, audio=None, *, seconds: float | None = None, make_video: 
     another result. weights: a name in weights/ or a folder; models: what `load_models` returned, instead. progress:
     called with (what, done, of). ValueError, in one line, for input that cannot be used."""
     request = dict(locals())
-    lists = [name for name in ("video", "audio") if isinstance(request[name], (list, tuple))]
+    lists = {name: request[name] for name in ("video", "audio") if isinstance(request[name], (list, tuple))}
+    if len(set(map(len, lists.values()))) > 1:
+        raise ValueError(f"{len(video)} videos and {len(audio)} sounds: give as many of each, or one list alone")
     if lists:
-        request["models"] = models or load_models(weights, device)
-        return [sample(**request | dict(zip(lists, ones))) for ones in zip(*map(request.get, lists), strict=True)]
-    if make_audio is not None and audio is None and isinstance(video, (str, os.PathLike)):
-        request["audio"] = audio = video
+        requests = [request | dict(zip(lists, ones)) for ones in zip(*lists.values())]
+        for one in requests:  # a wrong one is told before work begins
+            _check(**one)
+        models = models or load_models(weights, device)
+        return [sample(**one | {"models": models}) for one in requests]
     _check(**request)
+    if make_audio is not None and audio is None:
+        audio = video  # a file, whose own sound is meant
     models = models or load_models(weights, device)
     model, config = models.cmmd, models.cmmd.config
     tell = progress or (lambda what, done, of: None)
@@ -131,7 +137,9 @@ def sample(video=None, audio=None, *, seconds: float | None = None, make_video: 
         mel = model.denormalise(mel)
         wave = _on_disk(_sounding(mel, models.vocoder, wave, stretches[1]), np.float32)
         wave = wave[: max(1, round(seconds * config.sample_rate))]
-    source = Path(video) if isinstance(video, (str, os.PathLike)) and whole else None
+    elif audio is not None:
+        wave = _on_disk([wave], np.float32)  # a copy: the caller may change it, and keep what was given
+    source = Path(video).absolute() if isinstance(video, (str, os.PathLike)) and whole else None
     return Clip(frames, wave, config.fps, config.sample_rate, source)
 
 
@@ -140,23 +148,29 @@ def _check(video, audio, seconds, make_video, make_audio, fps, sample_rate, step
     """Refuse, before anything is loaded, what cannot work."""
     if video is not None and audio is not None and make_video is None and make_audio is None:
         raise ValueError(NOTHING_LEFT)
+    if make_audio is not None and audio is None and isinstance(video, (str, os.PathLike)):
+        audio = video
     check_sampling(steps, condition, guidance, stochasticity)
     if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**63:
         raise ValueError(f"seed is {seed!r}, expected a whole number from 0 to 2^63 - 1")
-    if seconds is not None and not 0 < seconds <= LONGEST:
-        raise ValueError(f"seconds is {seconds!r}, expected a length above 0 and up to {LONGEST}")
+    if seconds is not None and not SHORTEST <= seconds <= LONGEST:
+        raise ValueError(f"seconds is {seconds!r}, expected a length from {SHORTEST} to {LONGEST}")
     hints = {"video": "has no picture, only sound; pass it as audio= (--audio) to make its picture",
              "audio": "has no sound; give a file with a sound track"}
-    for name, given, rate, unit, make in (("video", video, fps, "fps", make_video),
-                                          ("audio", audio, sample_rate, "sample_rate", make_audio)):
+    for name, given, rate, unit, (low, high), make in (
+            ("video", video, fps, "fps", (0.01, 1e4), make_video),
+            ("audio", audio, sample_rate, "sample_rate", (100, 1e6), make_audio)):
         if make is not None and given is None:
             raise ValueError(f"make_{name} is a stretch of the {name} to make anew, but no {name} was given")
         _stretch(name, make, math.inf)
         if isinstance(given, (str, os.PathLike)):
             if not getattr(data.probe(given), name):
                 raise ValueError(f"{given}: {hints[name]}")
-        elif given is not None and (rate is None or not 0 < rate < math.inf):
-            raise ValueError(f"a {name} array needs its rate: {unit}=..., above 0; got {rate!r}")
+        elif given is not None and not hasattr(given, "shape"):
+            raise ValueError(f"{name} is a {type(given).__name__}, expected a file, an array or tensor, or a list of "
+                             "them")
+        elif given is not None and (rate is None or not low <= rate <= high):
+            raise ValueError(f"a {name} array needs its rate: {unit}=..., from {low:g} to {high:g}; got {rate!r}")
 
 
 def _stretch(name, make, seconds, length=math.inf):
@@ -181,10 +195,12 @@ def _apart(times, stretches):
 
 
 def _kept(frames, mel, stretches, config):
-    """What `generate` keeps of frames and mel: those that show and hear nothing of the stretches that are made."""
+    """What `generate` keeps of frames and mel: those that are not on screen, and hear nothing, in the stretches that are
+    made."""
     keep, window = [None, None], config.n_fft / config.sample_rate
     if stretches[0]:
-        keep[0] = torch.from_numpy(_apart((np.arange(len(frames)) + 0.5) / config.fps, stretches[0]) > 0)
+        times = (np.arange(len(frames)) + 0.5) / config.fps
+        keep[0] = torch.from_numpy(_apart(times, stretches[0]) > 0.5 / config.fps - 1e-6)
     if stretches[1]:
         times = (np.arange(mel.shape[2]) + 0.5) * config.hop / config.sample_rate
         keep[1] = torch.from_numpy(_apart(times, stretches[1]) >= window / 2)
@@ -196,9 +212,9 @@ def load_models(weights: str | os.PathLike = "worlds", device: str | None = None
 
     The first two may be published weights: see `load` in vae.py and vocoder.py. ValueError, in one line, if files are
     missing or of another kind, or if their mels or latents do not fit."""
-    folder = WEIGHTS / weights if (WEIGHTS / weights).is_dir() else Path(weights)
+    known = sorted(p.name for p in WEIGHTS.iterdir() if p.is_dir()) if WEIGHTS.is_dir() else []
+    folder = WEIGHTS / weights if str(weights) in known else Path(weights)
     if not str(weights) or not folder.is_dir():
-        known = sorted(p.name for p in WEIGHTS.iterdir() if p.is_dir()) if WEIGHTS.is_dir() else []
         raise ValueError(f"{weights}: no such folder of weights; give one, or a name of {', '.join(known) or '(none)'}")
     device = usable_device(device)
     networks = Models(load_vae(folder / "vae.safetensors"), load_vocoder(folder / "vocoder.safetensors"),
@@ -249,14 +265,17 @@ def _video_input(video, fps, seconds, models, tell):
 
 
 def _on_disk(chunks, kind, shape=(), tell=lambda done: None):
-    """Chunks (n, *shape), as type `kind` -> all of them (T, *shape), in a temporary file without a name, so that they
-    take no memory before somebody looks at them. tell(T so far) is called after each chunk."""
+    """Chunks (n, *shape), as type `kind` -> all of them (T, *shape), in a temporary file without a name if they are
+    large, so that they take no memory before somebody looks at them. tell(T so far) is called after each chunk."""
     with tempfile.TemporaryFile() as file:
         for part in chunks:
             file.write(np.ascontiguousarray(part, dtype=kind))
             tell(file.tell() // (math.prod(shape) * np.dtype(kind).itemsize))
-        file.flush()
-        return np.memmap(file, kind, "c").reshape(-1, *shape)  # changes to it stay in memory
+        if file.tell() > IN_MEMORY:
+            file.flush()
+            return np.memmap(file, kind, "c").reshape(-1, *shape)  # changes to it stay in memory
+        file.seek(0)  # a map would hold a file open for as long as its clip lives: a list of hundreds has too many
+        return np.frombuffer(bytearray(file.read()), kind).reshape(-1, *shape)
 
 
 def _drawn(latents, vae, given, kept):
@@ -483,13 +502,15 @@ def _jobs(args):
     outputs = [_output(one, args.output) for one in given]
     inputs = [Path(one) for one in (*given, *(args.audio or ())) if one]
     read = {path.stat()[1:3] for path in inputs if path.exists()}  # inode and device tell a file, by whatever name
+    seen = set()
     for output in outputs:
         data.check_output(output, TYPES)
         for path in _draws(output, args.draws):
             if path.exists() and path.stat()[1:3] in read:
                 raise ValueError(f"{path}: is the input itself; choose another file to write")
-        if outputs.count(output) > 1:
+        if output in seen:
             raise ValueError(f"{output}: would be the output of several inputs; give them different names")
+        seen.add(output)
     if not args.video:
         return [(None, one, output) for one, output in zip(given, outputs)]
     return [(one, args.audio and args.audio[0], output) for one, output in zip(given, outputs)]
@@ -536,7 +557,8 @@ def _make(parser, args):
 
     if not jobs:
         return print(demo(**settings)) if rank == 0 else None
-    return max([parser.run(one, *job) for job in jobs[rank::ranks]], default=0)
+    status = max([parser.run(one, *job) for job in jobs[rank::ranks]], default=0)
+    return status if ranks == 1 else 0  # torchrun would stop the others, at work on their share
 
 
 def _progress(what, done, of):

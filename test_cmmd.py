@@ -36,6 +36,7 @@ from typing import get_type_hints
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from imageio import v3 as imageio
 from safetensors.torch import load_file, save_file
@@ -1758,6 +1759,17 @@ def test_data_write_clip_round_trip(tmp_path, kind):
     assert [p.name for p in tmp_path.iterdir()] == [f"a{kind}"]
 
 
+def test_data_write_clip_says_that_a_disk_is_full(tmp_path, monkeypatch):
+    def full(*a, **k):
+        raise soundfile.LibsndfileError(2)
+
+    monkeypatch.setattr(soundfile, "write", full)
+    with pytest.raises(ValueError, match="cannot be written") as error:
+        data.write_clip(tmp_path / "a.wav", audio=np.zeros(99))
+    one_line(error, tmp_path / "a.wav")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("kind", [".mp4", ".mkv", ".mov"])
 def test_data_add_audio_copies_the_picture(tmp_path, kind):
     path = beep_and_flash(tmp_path / "a.mp4", 1.0, seconds=2.6)
@@ -1883,6 +1895,13 @@ def test_data_real_clips_read_with_sound_of_the_pictures_length():
 
 
 # ==== data: the world bounce
+
+
+@pytest.mark.parametrize("world", [bounce, dance])
+def test_data_worlds_of_no_length_are_refused(world):
+    for seconds in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="above 0"):
+            world(0, seconds)
 
 
 def test_data_bounce_is_a_function_of_its_seed():
@@ -2331,9 +2350,11 @@ def test_sample_png_is_exact_and_shows_when_it_sounds(tmp_path):
     (["in.0.mp4", "-o", "in.mp4", "--draws", "2"], "in.0.mp4: is the input itself"),
     (["in.?.mp4", "-o", "in.mp4", "--draws", "2"], "in.0.mp4: is the input itself"),
     (["in.mp4", "-o", "o.mp4", "--steps", "0"], "at least 1"), (["in.mp4", "-o", "o.mp4", "--steps", "x"], "--steps"),
-    (["in.mp4", "-o", "o.mp4", "--seconds", "-1"], "above 0"),
+    (["in.mp4", "-o", "o.mp4", "--seconds", "-1"], "from 0.01"),
     (["in.mp4", "-o", "o.mp4", "--weights", "no"], "weights"),
     (["in.mp4", "-o", "o.mp4", "--weights", "wrong"], "expected a VAE"),
+    (["in.mp4", "-o", "o.mp4", "--weights", "."], "vae.safetensors: there is no such file"),
+    (["--audio", "nan.wav", "-o", "o.mp4"], "reaches nan"), (["--audio", "loud.wav", "-o", "o.mp4"], "reaches 3e+04"),
     (["--audio", "in.mp4", "-o", "o.mp4"], "no sound"),
     (["in.mp4", "--audio", "sound.wav", "-o", "o.mp4"], "both"), (["-o", "o.mp4"], "nothing to make"),
     (["in.mp4", "-o", "o.mp4", "--device", "abacus"], "cannot be used"),
@@ -2344,6 +2365,8 @@ def test_sample_command_line_refuses_in_one_line(tmp_path, weights, monkeypatch,
     for name in ("in.mp4", "in.0.mp4"):
         data.write_clip(name, moving_square(5, 10))
     data.write_clip("sound.wav", audio=np.zeros(1600))
+    for name, level in (("nan", math.nan), ("loud", 3e4)):
+        soundfile.write(f"{name}.wav", np.append(np.zeros(1599), level), 16000, subtype="FLOAT")
     Path("empty.mp4").touch()
     Path("text.mp4").write_text("this is no video\n" * 9)
     Path("wrong").mkdir()
@@ -2395,7 +2418,8 @@ def test_sample_refuses_another_encoder_but_not_another_decoder_or_precision(tmp
     dict(make_video=(0, 1)), dict(make_audio=(0, 1), video=np.zeros((3, 8, 8, 3), np.uint8), fps=10),
     *(dict(make_audio=bad, audio=np.zeros(16000), sample_rate=16000)
       for bad in ((1, 2), (-1, 1), (0.5, 0.2), 3, (1, 2, 3), ("a", "b"), (math.nan, 1))),
-    dict(video=[np.zeros((3, 8, 8, 3), np.uint8)], fps=10, audio=[], make_audio=(0, 1)),
+    dict(video=[np.zeros((3, 8, 8, 3), np.uint8)], fps=10, audio=[], make_audio=(0, 1)), dict(seconds=1e-5),
+    dict(audio=np.zeros(999), sample_rate=0.4), dict(audio=np.zeros(999), sample_rate=1e10), dict(video=(x for x in "ab")),
 ])
 def test_sample_arguments_are_checked(models, given):
     with pytest.raises(ValueError) as error:
@@ -2412,6 +2436,16 @@ def test_sample_script_runs_in_the_clone(tmp_path, weights):
     assert data.read_video(tmp_path / "out.mkv").shape == (10, 64, 64, 3)
 
 
+def test_sample_names_that_the_terminal_cannot_show_are_no_error(tmp_path, weights):
+    data.write_clip(tmp_path / "a.mp4", moving_square(10, 10))
+    (tmp_path / "a.mp4").rename(tmp_path / "犬.mp4")
+    command = [sys.executable, str(REPO / "sample.py"), "犬.mp4", "-o", "o", "--draws", "2", "--weights", str(weights),
+               "--steps", "1"]
+    environment = os.environ | {"PYTHONIOENCODING": "cp1252"}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, env=environment)
+    assert done.returncode == 0 and len(list((tmp_path / "o").iterdir())) == 2, done.stderr
+
+
 def test_sample_without_arguments_runs_the_demonstration(tmp_path, models, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sampling, "load_models", lambda *a: models)
@@ -2421,13 +2455,25 @@ def test_sample_without_arguments_runs_the_demonstration(tmp_path, models, monke
     assert imageio.imread(Path("demo.png")).shape[1] == 960
 
 
-def test_sample_frames_wait_in_a_file_and_may_be_changed(tmp_path, models):
+@pytest.mark.parametrize("most", [0, 2**24])
+def test_sample_large_frames_wait_in_a_file_and_may_be_changed(tmp_path, models, monkeypatch, most):
+    monkeypatch.setattr(sampling, "IN_MEMORY", most)
     data.write_clip(tmp_path / "in.mp4", moving_square(100, 25), fps=25)
     clip, again = (sample(tmp_path / "in.mp4", models=models, steps=1) for _ in range(2))
-    assert isinstance(clip.video, np.memmap) and np.array_equal(clip.video, data.read_video(tmp_path / "in.mp4"))
+    assert np.array_equal(clip.video, data.read_video(tmp_path / "in.mp4"))
     clip.video[:] = 7
     assert (clip.video == 7).all() and not (again.video == 7).all()
-    assert isinstance(sample(seconds=1.0, models=models, steps=1).video, np.memmap)
+    for one in (clip, sample(seconds=1.0, models=models, steps=1)):
+        assert isinstance(one.video, np.memmap) == isinstance(one.audio, np.memmap) == (most == 0)
+    wave = np.full(9999, 0.5, np.float32)
+    data.write_clip(tmp_path / "in.wav", audio=wave)
+    monkeypatch.chdir(tmp_path)
+    source = sample("in.mp4", models=models, steps=1).source
+    monkeypatch.chdir("/")
+    assert source.exists()
+    for given in (dict(audio=wave, sample_rate=16000), dict(audio=tmp_path / "in.wav")):
+        sample(**given, models=models, steps=1).audio[:] = 0  # neither the caller's own nor read-only
+    assert (wave == 0.5).all()
 
 
 @pytest.mark.parametrize("given, says", [
@@ -2470,6 +2516,13 @@ def test_sample_of_a_list_is_a_list_of_clips_as_if_alone(tmp_path, models, capfd
     assert [len(c.audio) for c in sample(audio=[np.ones(99), np.ones(5000)], sample_rate=16000, models=models)] == [
         99, 5000]
     assert capfd.readouterr() == ("", "")  # nothing is printed unless asked for
+    calls = []
+    for wrong in ([*given, tmp_path / "none.mp4"], [given[0], moving_square(3, 10)]):  # told before work begins
+        with pytest.raises(ValueError, match="no such file|needs its rate"):
+            sample(wrong, models=models, steps=1, progress=lambda *a: calls.append(a))
+    assert not calls
+    one, two = (sample(seconds=0.5, models=models, seed=seed, steps=n(1)) for seed, n in ((3, int), (np.int64(3), np.int8)))
+    assert np.array_equal(one.audio, two.audio)
 
 
 def test_sample_clip_shows_itself_in_a_notebook(tmp_path, models):
@@ -2518,6 +2571,9 @@ def test_sample_makes_a_stretch_of_the_picture_from_all_of_the_sound(tmp_path, m
     same = (clip.video == data.read_video(tmp_path / "a.mp4")).all((1, 2, 3))
     assert clip.source is None and same.tolist() == [not 5 <= k < 10 for k in range(20)]
     assert np.array_equal(clip.audio, data.read_audio(tmp_path / "a.mp4"))
+    clip = sample(tmp_path / "a.mp4", tmp_path / "a.mp4", make_video=(0.51, 0.54), models=models, steps=1)
+    same = (clip.video == data.read_video(tmp_path / "a.mp4")).all((1, 2, 3))
+    assert same.tolist() == [k != 5 for k in range(20)]  # the frame that is on screen then
 
 
 def test_sample_kept_sound_fades_over_within_10_ms():
@@ -2592,6 +2648,9 @@ def test_sample_ranks_share_the_files(tmp_path, weights, monkeypatch, capsys):
         assert status == 0 and not err
         made.append([line.split("/")[1][0] for line in out])
     assert made == [["0", "3"], ["1", "4"], ["2"]] and len(list(Path("out").iterdir())) == 5
+    Path("2.mp4").write_bytes(b"")
+    status, out, err = run_sample(capsys, *names, *words)  # torchrun stops all processes where one's status is not 0
+    assert status == 0 and not out and len(err) == 1 and "empty" in err[0]
 
 
 PEAK = """
