@@ -216,8 +216,8 @@ def read_audio(path: str | os.PathLike, sample_rate: int = 16000, start: float =
     _finished(path, result.returncode)
     wave = np.frombuffer(result.stdout, np.float32)
     if len(wave) and not np.abs(wave).max() <= LOUDEST:  # NaN is caught too
-        raise ValueError(f"{path}: its sound reaches {np.abs(wave).max():.3g}, a wave lies in [-1, 1]; scale it, or copy "
-                         "the file again")
+        raise ValueError(f"{path}: its sound reaches {np.abs(wave).max():.3g}, a wave lies in [-1, 1]; scale it, or "
+                         "copy the file again")
     errors = result.stderr.count(b"[error]")
     if not len(wave):
         reason = f"cannot be decoded ({_reason(result.stderr.decode(errors='replace'))})" if errors else "is empty"

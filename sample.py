@@ -195,8 +195,8 @@ def _apart(times, stretches):
 
 
 def _kept(frames, mel, stretches, config):
-    """What `generate` keeps of frames and mel: those that are not on screen, and hear nothing, in the stretches that are
-    made."""
+    """What `generate` keeps of frames and mel: those that are not on screen in the stretches that are made, and hear
+    nothing of them."""
     keep, window = [None, None], config.n_fft / config.sample_rate
     if stretches[0]:
         times = (np.arange(len(frames)) + 0.5) / config.fps

@@ -2419,7 +2419,8 @@ def test_sample_refuses_another_encoder_but_not_another_decoder_or_precision(tmp
     *(dict(make_audio=bad, audio=np.zeros(16000), sample_rate=16000)
       for bad in ((1, 2), (-1, 1), (0.5, 0.2), 3, (1, 2, 3), ("a", "b"), (math.nan, 1))),
     dict(video=[np.zeros((3, 8, 8, 3), np.uint8)], fps=10, audio=[], make_audio=(0, 1)), dict(seconds=1e-5),
-    dict(audio=np.zeros(999), sample_rate=0.4), dict(audio=np.zeros(999), sample_rate=1e10), dict(video=(x for x in "ab")),
+    dict(audio=np.zeros(999), sample_rate=0.4), dict(audio=np.zeros(999), sample_rate=1e10),
+    dict(video=(name for name in "ab")),
 ])
 def test_sample_arguments_are_checked(models, given):
     with pytest.raises(ValueError) as error:
@@ -2521,7 +2522,7 @@ def test_sample_of_a_list_is_a_list_of_clips_as_if_alone(tmp_path, models, capfd
         with pytest.raises(ValueError, match="no such file|needs its rate"):
             sample(wrong, models=models, steps=1, progress=lambda *a: calls.append(a))
     assert not calls
-    one, two = (sample(seconds=0.5, models=models, seed=seed, steps=n(1)) for seed, n in ((3, int), (np.int64(3), np.int8)))
+    one, two = (sample(seconds=0.5, models=models, seed=kind(3), steps=kind(1)) for kind in (int, np.int64))
     assert np.array_equal(one.audio, two.audio)
 
 
