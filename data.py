@@ -65,7 +65,8 @@ TIE = 0.0005  # s; a change of frames this near to a sampled time is at it: cont
 
 class Media(NamedTuple):
     """What `probe` found: seconds (by the header; None where it does not say), is there a picture, a sound, the
-    picture's codec (None without one), does it carry a rotation, and the clip's start on the file's own clock."""
+    picture's codec (None without one), does it carry a rotation, the clip's start on the file's own clock, and its
+    frames a second (the mean; None where there is no telling)."""
 
     seconds: float | None
     video: bool
@@ -73,6 +74,7 @@ class Media(NamedTuple):
     codec: str | None
     rotated: bool
     start: float
+    fps: float | None
 
 
 def probe(path):
@@ -81,7 +83,7 @@ def probe(path):
     ValueError, in one line, if there is no such file or nothing in it that decodes."""
     path = _existing(path)
     text = _first_frame(path, "v")
-    pictures = re.findall(r"Stream #0:\d+\S*: Video: (?!none)(\w+)(?!.*attached pic)", text)
+    pictures = re.findall(r"Stream #0:\d+\S*: Video: (?!none)(\w+)(?!.*attached pic)(?:.*?, ([\d.]+k?) fps)?", text)
     sound = re.search(r"Stream #0:\d+\S*: Audio: (?!none)", text) is not None
     if "Input #0, tty" in text or not re.search(r"Stream #0:\d+", text):
         raise ValueError(f"{path}: no media file, or its header is damaged or cut off ({_reason(text)}); "
@@ -95,8 +97,9 @@ def probe(path):
                          "give a file that plays, or copy it again")
     length = re.search(r"Duration: (\d+):(\d+):([\d.]+)", text)
     seconds = sum(float(n) * unit for n, unit in zip(length.groups(), (3600, 60, 1))) if length else None
-    return Media(seconds, bool(pictures), sound, (pictures or [None])[0], "rotation of" in text,
-                 0.0 if start[1] == "NOPTS" else int(start[1]) / 1e6)
+    codec, rate = pictures[0] if pictures else (None, "")
+    return Media(seconds, bool(pictures), sound, codec, "rotation of" in text,
+                 0.0 if start[1] == "NOPTS" else int(start[1]) / 1e6, float(rate.replace("k", "e3")) if rate else None)
 
 
 def _first_frame(path, kind):
@@ -896,15 +899,19 @@ def _files(folder):
 
 def _aist(files, table, lines, around):
     """AIST++: the videos (gBR_sBM_c01_d04_mBR0_ch01.mp4) of the sequences that a split list names, with "cAll" for the
-    camera, but for those of an ignore_list.txt beside it. All cameras of a sequence are in the same share."""
-    ignore = table.with_name("ignore_list.txt")
+    camera, but for those of an ignore_list.txt beside it or in the folder above. All that is danced to one music (mBR0)
+    is in the same share, so that no model is validated on music that it was trained on."""
+    ignore = [path for folder in table.absolute().parents[:2] if (path := folder / "ignore_list.txt").exists()]
+    if not ignore:
+        print(f"{table}: there is no ignore_list.txt beside it or above, so bad recordings are not left out", flush=True)
     wanted, bad = ({line.strip() for line in text if line.strip()}
-                   for text in (lines, ignore.read_text().splitlines() if ignore.exists() else ()))
+                   for text in (lines, ignore[0].read_text().splitlines() if ignore else ()))
     found, left_out = [], Counter()
     for path in files:
         sequence = re.sub(r"_c\d\d_", "_cAll_", path.stem)
         if sequence in wanted - bad:
-            found.append(Source(f"{path.name}/{sequence}", path))
+            music = sequence.rpartition("_")[0].rpartition("_")[2]
+            found.append(Source(f"{path.name}/{sequence}/{music}.wav", path))
         else:
             left_out["on the ignore list" if sequence in bad else "files that the list does not name"] += 1
     left_out["sequences without a file"] = len(wanted - bad - {source.name.split("/")[1] for source in found})

@@ -26,6 +26,7 @@ N clips, K kinds of ball. Times are seconds. Every score of clips is printed bes
 
 import argparse
 import base64
+import contextlib
 import csv
 import functools
 import hashlib
@@ -971,16 +972,20 @@ def embedder(name, files=False):
 def audio_distances(made, true, others):
     """Embeddings (n, D) of N outputs, of their truths, and of the reference's other clips -> FAD per set and sample.
 
-    Clips of other lengths give other numbers of embeddings, and those are not comparable: ValueError."""
+    Ceilings: the truths against the other clips, or, without any, one half of them against the other half; of single
+    ones, each against the reference without the tenth of it that the clip is in. Clips of other lengths give other numbers of embeddings, and those are not comparable: ValueError."""
     sizes = {len(x) for x in (*made, *true, *others)}
     if len(sizes) > 1:
         raise ValueError(f"clips give {min(sizes)} to {max(sizes)} embeddings: --seconds cuts all to one length")
     reference = gaussian(np.concatenate([*true, *others]))
     one, two = (true, others) if others else (true[::2], true[1::2])
-    ceiling = frechet(gaussian(np.concatenate(one)), reference if others else gaussian(np.concatenate(two)))
-    single = [[frechet(gaussian(x), reference) for x in group if len(x) > 1] for group in (made, true)]
-    return {"set": frechet(gaussian(np.concatenate(made)), reference), "ceiling": ceiling,
-            "samples": single[0], "truth_samples": single[1]}
+    samples, truth_samples = [frechet(gaussian(x), reference) for x in made if len(x) > 1], []
+    for part in range(min(10, len(true))) if samples else ():
+        rest = gaussian(np.concatenate([*(x for i, x in enumerate(true) if i % 10 != part), *others]))
+        truth_samples += [frechet(gaussian(x), rest) for x in true[part::10]]
+    return {"set": frechet(gaussian(np.concatenate(made)), reference), "samples": samples,
+            "ceiling": frechet(*(gaussian(np.concatenate(part)) for part in (one, two))), "sizes": [len(one), len(two)],
+            "truth_samples": truth_samples}
 
 
 # ---------------------------------------------------------------- what is heard and seen in a clip
@@ -1037,8 +1042,17 @@ def motion(path, seconds=None, size=128):
     return flow_peaks([float(np.linalg.norm(flow, axis=2).mean()) for flow in flows]) / FPS
 
 
+def common_rate(paths, most=25):
+    """The lowest of the files' frame rates, at most 25: what shows fewer frames would seem to stand still between."""
+    rates = [most]
+    for path in paths:
+        with contextlib.suppress(ValueError):  # it will be named where it is read
+            rates.append(probe(path).fps or most)
+    return min(rates)
+
+
 @torch.no_grad()
-def movement(path, seconds=None, vae=None, fps=25, size=64):
+def movement(path, fps, seconds=None, vae=None, size=64):
     """`lower_movement`, where a speaker's mouth is, of a file's picture, through `vae` if given -> (T - 1,); a string
     where there is no picture."""
     try:
@@ -1119,9 +1133,9 @@ def match_folders(generated, reference):
     return pairs, [p for p in made.values() if p not in used], [true[name] for name in true if name not in found]
 
 
-def listen(pairs, args, embed, config):
+def listen(pairs, args, embed, config, fps):
     """Every clip of the pairs, heard -> {name: (K Heard, the truth Heard, and through --vocoder and --vae or None)},
-    and why others were left out. Outputs and truth are cut to the same length."""
+    and why others were left out. Outputs and truth are cut to the same length; movement is seen at `fps`."""
     vocoder = load_vocoder(args.vocoder).eval() if args.vocoder else None
     vae = load_vae(args.vae).eval() if args.vae else None
     clips, left_out = {}, []
@@ -1138,7 +1152,7 @@ def listen(pairs, args, embed, config):
                 raise ValueError(f"{path}: {length:.2f} s long, its reference {lengths[-1]:.2f} s; make them equal, or "
                                  "give --seconds to compare their beginnings")
         waves = [wave[:min(map(len, waves))].copy() for wave in waves]
-        look = lambda path: (motion(path, args.seconds), movement(path, args.seconds))
+        look = lambda path: (motion(path, args.seconds), movement(path, fps, args.seconds))
         truth, seen = look(pair.reference), [look(p) for p in pair.generated]
         seen = [(truth[0] if isinstance(moved, str) else peaks, moved) for peaks, moved in seen]  # a sound: truth's
         *made, true = (hear(wave, config, peaks, embed(path, wave) if embed else ())._replace(movement=moved)
@@ -1147,7 +1161,7 @@ def listen(pairs, args, embed, config):
         if vocoder:
             again = hear(through_vocoder(waves[-1], vocoder), config, truth[0])
         if vae:
-            again = again._replace(movement=movement(pair.reference, args.seconds, vae))
+            again = again._replace(movement=movement(pair.reference, fps, args.seconds, vae))
         clips[pair.name] = made, true, again if vocoder or vae else None
     return clips, left_out
 
@@ -1230,6 +1244,7 @@ def movement_counts(made, true, usual=None):
     """(correlation over time of the movement in two pictures, as far as both go, less what is usual, 1), or why there
     is none."""
     n = min(map(len, (made.movement, true.movement, true.movement if usual is None else usual)))
+    usual = None if usual is None else usual[:n]
     value = envelope_correlation(made.movement[None, :n], true.movement[None, :n], usual)[0]
     return "a still picture" if np.isnan(value) else (value, 1)
 
@@ -1310,18 +1325,23 @@ def fad_rows(clips, others, result):
     result["fad"] = fad
     few = "" if fad["samples"] else f"{len(made)}: one embedding a clip, two are needed"
     median = lambda key: float(np.median(fad[key])) if fad[key] else None
-    return [row("FAD per set", fad["set"], ceiling=fad["ceiling"], n=len(made)),
+    note = "ceiling: {} true clips against {} others".format(*fad["sizes"])
+    return [row("FAD per set", fad["set"], ceiling=fad["ceiling"], n=len(made), note=note),
             row("FAD per sample, median", median("samples"), "", (None, None), None, median("truth_samples"),
                 len(fad["samples"]), few)]
 
 
 def folders(args):
     """The command `folders`: one table over two folders of clips, the paper's values beside."""
+    if args.embedding and ":" not in args.embedding and args.seconds:
+        raise ValueError(f"--embedding {args.embedding}: fadtk's files are of whole clips; leave out --seconds, or give "
+                         "MODULE:FUNCTION")
     embed = embedder(args.embedding, files=True) if args.embedding else None
     i3d = load_i3d(args.i3d, args.device) if args.i3d else None
     config, result = VocoderConfig(), {"generated": args.generated, "reference": args.reference}
     pairs, unmatched, others = match_folders(args.generated, args.reference)
-    heard, left_out = listen(pairs, args, embed, config)
+    fps = common_rate(path for pair in pairs for path in (*pair.generated, pair.reference))
+    heard, left_out = listen(pairs, args, embed, config, fps)
     clips = list(heard.values())
     if len(clips) < 2 and not i3d:
         raise ValueError(f"{args.generated}: {len(clips)} of {len(pairs)} clips have a sound ({left_out[0]})")
@@ -1333,7 +1353,7 @@ def folders(args):
         least = min(len(true.envelope) for _, true, _ in clips)
         left_out += [f"{path}: shorter than the clips" for path, x in train.items() if len(x) < least]
         train = {path: x for path, x in train.items() if len(x) >= least}
-        moved = [x for x in (movement(path, args.seconds) for path in train) if not isinstance(x, str)]
+        moved = [x for x in (movement(path, fps, args.seconds) for path in train) if not isinstance(x, str)]
         clips = add_typical(clips, list(train.values()), moved)
         rows = [line for measure in measures() for line in pair_rows(measure, clips)]
     if embed and len(clips) > 1:

@@ -2158,13 +2158,23 @@ def test_data_aist_keeps_a_sequences_cameras_together(tmp_path, capsys):
     assert [len(sources) for sources in found.values()] == [2 * (980 - 28), 2 * 20]  # 28 of them are on the ignore list
     said = capsys.readouterr().out.splitlines()[0]
     assert said.endswith("1904 clips; left out: 40 files that the list does not name, 90 on the ignore list"), said
-    shares, videos = {}, {}
+    shares, music = {}, {}
     for name, sources in found.items():
         for source in sources:
             sequence = source.path.stem.replace("c01", "cAll").replace("c09", "cAll")
             assert sequence in lists[name] and sequence not in lists["ignore_list"]
             shares.setdefault(sequence, set()).add(data.share_of(source.name))
-    assert all(len(share) == 1 for share in shares.values()) and len(shares) == 972
+            music.setdefault(sequence.split("_")[4], set()).add(data.share_of(source.name))
+    assert all(len(share) == 1 for share in (*shares.values(), *music.values())) and len(shares) == 972
+    assert set().union(*shares.values()) == {"training", "validation", "test"}
+    (tmp_path / "splits").mkdir()  # as the dataset comes: the ignore list one folder above
+    for name in ("splits/crossmodal_train.txt", "ignore_list.txt"):
+        (tmp_path / name).write_text("\n".join(lists[Path(name).stem]))
+    assert len(data.find_sources(f"aist:{tmp_path}:{tmp_path / 'splits' / 'crossmodal_train.txt'}")) == 2 * (980 - 28)
+    (tmp_path / "ignore_list.txt").unlink()
+    capsys.readouterr()
+    data.find_sources(f"aist:{tmp_path}:{tmp_path / 'splits' / 'crossmodal_train.txt'}")
+    assert "no ignore_list.txt" in capsys.readouterr().out
     few = tmp_path / "few"
     few.mkdir()
     for name in (lists["crossmodal_train"][-1], lists["crossmodal_test"][0]):
@@ -3208,6 +3218,18 @@ def test_train_best_weights_are_kept_by_the_first_figure(tmp_path, task, step):
     assert not list((tmp_path / "c").glob("*best*")) and not (tmp_path / "c" / "line-eval.csv").exists()
 
 
+def test_train_processes_with_other_files_are_refused(tmp_path, monkeypatch):
+    """Each would draw another batch, of which all take their share."""
+    cache = data.FileCache(("a.wav",), ("a",), (9,), (9,))
+    args = SimpleNamespace(data=["folder"], cache=str(tmp_path), out=str(tmp_path), world=2)
+    monkeypatch.setattr(train.dist, "is_initialized", lambda: True)
+    for other in ("same", "another"):
+        gather = lambda found, own: found.__setitem__(slice(None), [own, own if other == "same" else ["x"]])
+        monkeypatch.setattr(train.dist, "all_gather_object", gather)
+        with nullcontext() if other == "same" else pytest.raises(ValueError, match="the same files"):
+            assert train.open_data(args, lambda entry, folder: cache) == [cache]
+
+
 def test_train_writes_for_tensorboard_where_it_is_installed(tmp_path, monkeypatch):
     seen = []
     writer = lambda folder: SimpleNamespace(add_scalar=lambda *row: seen.append((folder, *row)), flush=lambda: None)
@@ -3711,15 +3733,33 @@ def test_evaluate_activity_and_movement(tmp_path):
     assert evaluate.active_counts(made, true) == (1, 2, 2)
     assert evaluate.movement_counts(made, true) == (pytest.approx(1), 1)
     assert evaluate.movement_counts(made._replace(movement=np.ones(4)), true) == "a still picture"
-    assert evaluate.movement_counts(made, true, np.array([0.0, 1.0, 0.0, 0.0])) == (pytest.approx(1), 1)
+    for usual in ([0.0, 1.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0, 3.0]):  # as long as what is made, or longer
+        assert evaluate.movement_counts(made, true, np.array(usual)) == (pytest.approx(1), 1)
     video = np.zeros((50, 96, 96, 3), np.uint8)
     video[::2, :40] = 255  # the upper part flickers
     video[20:, 60:80, 40:56] = 255
     data.write_clip(tmp_path / "a.mp4", video, fps=25)
-    moved = evaluate.movement(tmp_path / "a.mp4")
+    moved = evaluate.movement(tmp_path / "a.mp4", 25)
     assert len(moved) == 49 and moved.argmax() == 19 and np.delete(moved, 19).max() < 0.1 * moved[19]
     data.write_clip(tmp_path / "a.wav", audio=np.ones(800))
-    assert "no picture" in evaluate.movement(tmp_path / "a.wav")
+    assert "no picture" in evaluate.movement(tmp_path / "a.wav", 25)
+
+
+def test_evaluate_movement_of_another_frame_rate_is_compared_at_the_lower(tmp_path, monkeypatch):
+    """The true frames, shown at 10 a second, move as the truth does."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("true", "made"):
+        Path(folder).mkdir()
+    for seed in range(3):
+        world = bounce(seed, 2.0, fps=25)
+        data.write_clip(f"true/{seed}.mp4", world.video, world.audio, fps=25)
+        data.write_clip(f"made/{seed}.mp4", data.read_video(f"true/{seed}.mp4", fps=10), world.audio, fps=10)
+    assert [data.probe(f"{folder}/0.mp4").fps for folder in ("true", "made")] == [25, 10]
+    for made, rate in (("made/0.mp4", 10), ("none.mp4", 25)):
+        assert evaluate.common_rate(["true/0.mp4", made]) == rate
+    assert evaluate.main(["made", "true", "--out", "out.json"]) == 0
+    rows = {row["metric"]: row for row in json.loads(Path("out.json").read_text())["rows"]}
+    assert rows["movement correlation"]["value"] > 0.9
 
 
 def test_evaluate_envelopes_against_what_is_typical():
@@ -3857,6 +3897,21 @@ def test_evaluate_folders_with_draws_and_fadtks_files(clip_folders, tmp_path, ca
         evaluate.audio_distances([np.zeros((2, 3))], [np.zeros((1, 3))] * 2, [])
     single = evaluate.audio_distances(*([rng.standard_normal((1, 3)) for _ in range(n)] for n in (4, 4, 3)))
     assert single["samples"] == [] and np.isfinite(single["set"])
+    assert evaluate.main(["folders", made, true, "--embedding", "clap-2023", "--seconds", "1"]) == 2
+    assert "of whole clips" in capsys.readouterr().err
+
+
+def test_evaluate_fad_ceilings_are_what_a_perfect_model_reaches():
+    """Outputs drawn as the truth is: single ones are as far off as true ones are from the others."""
+    rng = np.random.default_rng(0)
+    draw = lambda n: [rng.standard_normal((4, 8)) + rng.standard_normal(8) for _ in range(n)]
+    made, true, others = draw(200), draw(40), draw(40)
+    for rest in ([], others):
+        fad = evaluate.audio_distances(made, true, rest)
+        assert np.mean(fad["truth_samples"]) == pytest.approx(np.mean(fad["samples"]), rel=0.1)
+        assert fad["sizes"] == ([40, 40] if rest else [20, 20]) and len(fad["truth_samples"]) == 40
+    expected = evaluate.frechet(*(evaluate.gaussian(np.concatenate(x)) for x in (true, others)))
+    assert fad["ceiling"] == pytest.approx(expected)
 
 
 def test_evaluate_video_rows_pool_draws(clip_folders, tmp_path):
@@ -3869,6 +3924,12 @@ def test_evaluate_video_rows_pool_draws(clip_folders, tmp_path):
     each = f"per draw {one[1]['value']:.1f} ± 0.0"  # pooled is the mean over draws where there is one
     assert [row["metric"] for row in one] == ["FVD, 16 frames (64)", "KVD, 16 frames (64)"] and one[1]["note"] == ""
     assert list(evaluate.video_rows(three, i3d, args))[1]["note"] == each
+    draws = [pair._replace(generated=[pair.reference, pairs[k // 3].reference]) for k, pair in enumerate(pairs)]
+    logits = lambda paths: evaluate.video_logits(i3d, paths, 16, 64, 4, "cpu")
+    true, made = logits([pair.reference for pair in pairs]), logits([path for pair in draws for path in pair.generated])
+    fvd, kvd = evaluate.video_rows(draws, i3d, args)
+    assert fvd["value"] == pytest.approx(evaluate.frechet(*map(evaluate.gaussian, (made, true)))) and fvd["n"] == 12
+    assert kvd["value"] == pytest.approx(evaluate.kernel_distance(made, true)) and fvd["value"] > 1e-9
 
 
 def test_evaluate_folders_refuse_in_one_line(clip_folders, tmp_path, capsys):

@@ -294,6 +294,11 @@ def open_data(args, decode):
     cache = args.cache or Path(args.out) / "cache"
     sources = [entry if entry in WORLDS else decode(entry, cache) for entry in args.data]
     args.files = [source.fingerprint() for source in sources if isinstance(source, FileCache)]
+    if dist.is_initialized():
+        found = [None] * args.world
+        dist.all_gather_object(found, args.files)
+        if found.count(args.files) < args.world:
+            raise ValueError("the processes could not decode the same files of --data; start again: what is there stays")
     return sources
 
 
