@@ -4619,7 +4619,7 @@ def test_weights_memory_is_flat_in_length(tmp_path):
     words = ["speed", "--seconds", "10", "300", "--steps", "1", "--device", "cpu", "--out", tmp_path / "speed.json"]
     command(sys.executable, REPO / "evaluate.py", *words, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"})
     short, long = (row["peak_mib"] for row in json.loads((tmp_path / "speed.json").read_text())["rows"])
-    assert long < 1.1 * short < 1500
+    assert long < 1.25 * short < 1500  # of the same code 408 to 455 and 447 to 475 MiB, from run to run
 
 
 @shipped
