@@ -1047,8 +1047,8 @@ def _fill(entry, cache, decode, kind, shortest=1, around=0.0):
     cache = Path(cache).resolve()
     sources = [source for source in find_sources(entry, around) if cache not in source.path.parents]
     cache.mkdir(parents=True, exist_ok=True)
-    for left in cache.glob(".*.safetensors"):  # by a process that was killed, unless another is writing it
-        with contextlib.suppress(FileNotFoundError):  # or has just renamed it
+    for left in (*cache.glob(".*.safetensors"), *cache.glob(".tmp*")):  # by a process that was killed
+        with contextlib.suppress(FileNotFoundError):  # another was writing it, and has just renamed it
             if time.time() - left.stat().st_mtime > 86400:
                 left.unlink()
     found, rows, skipped, said = {}, [], [], time.monotonic()

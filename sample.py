@@ -107,8 +107,7 @@ def sample(video=None, audio=None, *, seconds: float | None = None, make_video: 
         models = models or load_models(weights, device)
         return [sample(**one | {"models": models}) for one in requests]
     _check(**request)
-    if make_audio is not None and audio is None:
-        audio = video  # a file, whose own sound is meant
+    audio = video if make_audio is not None and audio is None else audio  # a file, whose own sound is meant
     models = models or load_models(weights, device)
     model, config = models.cmmd, models.cmmd.config
     tell = progress or (lambda what, done, of: None)

@@ -20,7 +20,7 @@ import re
 import sys
 import time
 import warnings
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -176,6 +176,10 @@ def run(state, batches, update, evaluate, args, finish=lambda ema: ema):
         forget(path, state.step)
     for path in out.glob(f".{args.task}-*") if first else ():  # what a killed process was writing
         path.unlink()
+    for path in out.glob(".tmp*") if first else ():  # and safetensors for it, unless it is another task's at work
+        with suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime > 60:
+                path.unlink()
     loader = torch.utils.data.DataLoader(
         batches, batch_size=None, sampler=range(state.step, args.steps), num_workers=args.workers,
         multiprocessing_context="spawn" if args.workers else None, prefetch_factor=4 if args.workers else None,
