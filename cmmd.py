@@ -17,10 +17,12 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 import tempfile
+import time
 import zipfile
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from itertools import repeat
 from numbers import Integral
@@ -977,10 +979,21 @@ def write_tensors(path, tensors, header):
     """Tensors by name and a header {text: text} as one safetensors file, whole or not at all; ValueError on a full
     disk."""
     with atomic(path) as temporary:
-        try:
-            save_file(tensors, temporary, metadata=header)
-        except SafetensorError as error:
-            raise ValueError(f"{path}: cannot be written ({error})") from None
+        beside = dict(prefix=f"{temporary.stem}-", suffix=temporary.suffix, dir=temporary.parent)
+        with tempfile.TemporaryDirectory(**beside) as folder:  # safetensors first writes to a name of its own
+            try:
+                save_file(tensors, Path(folder) / "tensors", metadata=header)
+            except SafetensorError as error:
+                raise ValueError(f"{path}: cannot be written ({error})") from None
+            os.replace(Path(folder) / "tensors", temporary)
+
+
+def remove_unfinished(folder, pattern, age=0):
+    """Remove what killed processes left of `atomic` and `write_tensors` in a folder, begun at least `age` s ago."""
+    for left in folder.glob(pattern):
+        with suppress(FileNotFoundError):  # another process was writing it, and has just renamed it
+            if time.time() - left.stat().st_mtime >= age:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def load(path: str | os.PathLike, cls: type[nn.Module]) -> nn.Module:

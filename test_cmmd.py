@@ -117,6 +117,26 @@ def test_cmmd_atomic_writes_whole_or_not_at_all(tmp_path):
         one_line(error, wrong)
 
 
+def test_cmmd_remove_unfinished_leaves_what_is_recent(tmp_path):
+    for name, age in (("old", 99), ("recent", 0)):
+        (tmp_path / f".{name}.safetensors").write_bytes(b"half")
+        os.utime(tmp_path / f".{name}.safetensors", (time.time() - age,) * 2)
+    cmmd.remove_unfinished(tmp_path, ".*.safetensors", age=60)
+    assert [path.name for path in tmp_path.iterdir()] == [".recent.safetensors"]
+
+
+def test_cmmd_write_tensors_writes_under_the_name_to_be(tmp_path, monkeypatch):
+    """So that what a killed process leaves is known by it; and nothing is left of a failure."""
+    def full(tensors, path, metadata):
+        assert all(name.startswith(".a-") for name in os.listdir(tmp_path)) and path.parent.parent == tmp_path
+        raise cmmd.SafetensorError("No space left on device")
+
+    monkeypatch.setattr(cmmd, "save_file", full)
+    with pytest.raises(ValueError, match="cannot be written"):
+        cmmd.write_tensors(tmp_path / "a.safetensors", {}, {})
+    assert not list(tmp_path.iterdir())
+
+
 def _umask():
     mask = os.umask(0)
     os.umask(mask)
@@ -3219,12 +3239,14 @@ def test_train_best_weights_are_kept_by_the_first_figure(tmp_path, task, step):
 
 
 def test_train_removes_what_a_killed_process_was_writing(tmp_path):
-    names = (".line-checkpoint-new-x", ".tmpOLD", ".tmpNEW", ".another-checkpoint-new-x")
-    for name in names:
-        (tmp_path / name).write_bytes(b"half")
-    os.utime(tmp_path / ".tmpOLD", (time.time() - 99,) * 2)
+    """All of it lies under the name that it was to have, whatever name safetensors writes to; another task's stays."""
+    for task in ("line", "another"):
+        (tmp_path / f".{task}-checkpoint-new-x.safetensors").write_bytes(b"")
+        (tmp_path / f".{task}-checkpoint-new-x-y.safetensors").mkdir()
+        (tmp_path / f".{task}-checkpoint-new-x-y.safetensors" / ".tmpZ").write_bytes(b"half")
     run_line(tmp_path)
-    assert {path.name for path in tmp_path.glob(".*")} == {".tmpNEW", ".another-checkpoint-new-x"}  # others' work
+    assert {path.name for path in tmp_path.glob(".*")} == {
+        ".another-checkpoint-new-x.safetensors", ".another-checkpoint-new-x-y.safetensors"}
 
 
 def test_train_processes_with_other_files_are_refused(tmp_path, monkeypatch):
@@ -3355,9 +3377,7 @@ def test_train_killed_at_any_moment_ends_as_if_never_stopped(tmp_path, weights):
         assert same_tensors(tmp_path / "straight" / name, tmp_path / "killed" / name)
     logs = [(tmp_path / name / "cmmd-log.csv").read_text().splitlines() for name in ("straight", "killed")]
     without_times = [[row.split(",")[:1] + row.split(",")[3:] for row in rows] for rows in logs]
-    assert without_times[0] == without_times[1]
-    left = list((tmp_path / "killed").glob(".*"))  # what safetensors was writing, until a run starts a minute later
-    assert all(path.name.startswith(".tmp") for path in left)
+    assert without_times[0] == without_times[1] and not list((tmp_path / "killed").glob(".*"))
 
 
 HELD_OUT = next(f"{k}.wav" for k in range(1000) if data.share_of(f"{k}.wav") != "training")
@@ -4628,9 +4648,10 @@ def test_weights_leave_no_seams(trained, make):
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
 def test_weights_memory_is_flat_in_length(tmp_path):
     words = ["speed", "--seconds", "10", "300", "--steps", "1", "--device", "cpu", "--out", tmp_path / "speed.json"]
-    command(sys.executable, REPO / "evaluate.py", *words, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    steady = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}  # else the peak varies by a tenth
+    command(sys.executable, REPO / "evaluate.py", *words, cwd=tmp_path, env=os.environ | steady)
     short, long = (row["peak_mib"] for row in json.loads((tmp_path / "speed.json").read_text())["rows"])
-    assert long < 1.25 * short < 1500  # of the same code 408 to 455 and 447 to 475 MiB, from run to run
+    assert long < 1.1 * short < 1500
 
 
 @shipped

@@ -20,7 +20,7 @@ import re
 import sys
 import time
 import warnings
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -32,8 +32,8 @@ from safetensors import SafetensorError, safe_open
 
 from cmmd import (
     CMMD, SEED, SHARES, SIZES, CMMDConfig, Parser, atomic, contrastive_loss, draw_negatives, draw_times, fast_autocast,
-    generate, joint_loss, json_object, load, number, save, torchrun_place, usable_device, vae, vocoder,
-    whole_mel_frames, write_tensors,
+    generate, joint_loss, json_object, load, number, remove_unfinished, save, torchrun_place, usable_device, vae,
+    vocoder, whole_mel_frames, write_tensors,
 )
 from cmmd.data import (
     TRAINING_SEED, WORLDS, EncodedClip, FileCache, cache_clips, cache_frames, cache_sounds, open_encoded, write_encoded,
@@ -174,12 +174,8 @@ def run(state, batches, update, evaluate, args, finish=lambda ema: ema):
     state.resume(checkpoint)
     for path in (log, figures) if first else ():
         forget(path, state.step)
-    for path in out.glob(f".{args.task}-*") if first else ():  # what a killed process was writing
-        path.unlink()
-    for path in out.glob(".tmp*") if first else ():  # and safetensors for it, unless it is another task's at work
-        with suppress(FileNotFoundError):
-            if time.time() - path.stat().st_mtime > 60:
-                path.unlink()
+    if first:
+        remove_unfinished(out, f".{args.task}-*")
     loader = torch.utils.data.DataLoader(
         batches, batch_size=None, sampler=range(state.step, args.steps), num_workers=args.workers,
         multiprocessing_context="spawn" if args.workers else None, prefetch_factor=4 if args.workers else None,
@@ -302,7 +298,8 @@ def open_data(args, decode):
         found = [None] * args.world
         dist.all_gather_object(found, args.files)
         if found.count(args.files) < args.world:
-            raise ValueError("the processes could not decode the same files of --data; start again: what is there stays")
+            raise ValueError("the processes could not decode the same files of --data; start again, what is there "
+                             "stays")
     return sources
 
 
