@@ -693,13 +693,13 @@ def compare(args):
 def single_counts(path, result):
     """A result of `worlds` or `folders` -> {figure: (its statistic, the counts of each clip, None where there are
     none)}."""
-    found = {}
-    if "names" in result:
-        statistics = {name: f for measure in measures() for name, f in measure.rows.items()}
-        found = {row["metric"]: (statistics[row["metric"]], row["counts"]) for row in result["rows"] if "counts" in row}
-    for row in result["rows"] if "world" in result else ():
-        for ms in (50, 100) if "counts_50" in row and not row["name"].startswith("true") else ():
-            found[f"{row['name']}, F1 ±{ms} ms"] = (lambda c: scores(c).f1), row[f"counts_{ms}"]
+    found, statistics = {}, {name: f for measure in measures() for name, f in measure.rows.items()}
+    for row in result["rows"]:
+        if "counts" in row:  # of `folders`
+            found[row["metric"]] = statistics[row["metric"]], row["counts"]
+        elif "counts_50" in row and not row["name"].startswith("true"):
+            for ms in (50, 100):
+                found[f"{row['name']}, F1 ±{ms} ms"] = (lambda c: scores(c).f1), row[f"counts_{ms}"]
     if not found:
         raise ValueError(f"{path}: has no counts of single clips; make it anew with `evaluate.py worlds` or `folders`")
     return found
@@ -957,7 +957,8 @@ def embedder(name, files=False):
     module, colon, function = name.rpartition(":")
     give = "MODULE:FUNCTION or FILE.py:FUNCTION"
     if not colon and not files:
-        raise ValueError(f"--embedding {name}: these sounds are in no files that have embeddings; give {give}")
+        raise ValueError(f"--embedding {name}: these sounds are in no files that have embeddings, which are of whole "
+                         f"clips in folders; give {give}")
     if not colon:
         return lambda path, wave: np.load(path.parent / "embeddings" / name / f"{path.stem}.npy", allow_pickle=False)
     try:
@@ -973,7 +974,8 @@ def audio_distances(made, true, others):
     """Embeddings (n, D) of N outputs, of their truths, and of the reference's other clips -> FAD per set and sample.
 
     Ceilings: the truths against the other clips, or, without any, one half of them against the other half; of single
-    ones, each against the reference without the tenth of it that the clip is in. Clips of other lengths give other numbers of embeddings, and those are not comparable: ValueError."""
+    ones, each against the reference without the tenth of it that the clip is in. Clips of other lengths give other
+    numbers of embeddings, and those are not comparable: ValueError."""
     sizes = {len(x) for x in (*made, *true, *others)}
     if len(sizes) > 1:
         raise ValueError(f"clips give {min(sizes)} to {max(sizes)} embeddings: --seconds cuts all to one length")
@@ -1333,10 +1335,7 @@ def fad_rows(clips, others, result):
 
 def folders(args):
     """The command `folders`: one table over two folders of clips, the paper's values beside."""
-    if args.embedding and ":" not in args.embedding and args.seconds:
-        raise ValueError(f"--embedding {args.embedding}: fadtk's files are of whole clips; leave out --seconds, or give "
-                         "MODULE:FUNCTION")
-    embed = embedder(args.embedding, files=True) if args.embedding else None
+    embed = embedder(args.embedding, files=not args.seconds) if args.embedding else None
     i3d = load_i3d(args.i3d, args.device) if args.i3d else None
     config, result = VocoderConfig(), {"generated": args.generated, "reference": args.reference}
     pairs, unmatched, others = match_folders(args.generated, args.reference)

@@ -96,18 +96,18 @@ def sample(video=None, audio=None, *, seconds: float | None = None, make_video: 
     steps, condition ("clean", "replace" or "guide"), guidance, stochasticity: see `cmmd.generate`; seed: another one,
     another result. weights: a name in weights/ or a folder; models: what `load_models` returned, instead. progress:
     called with (what, done, of). ValueError, in one line, for input that cannot be used."""
-    request = dict(locals())
+    request = _with_own_sound(dict(locals()))
     lists = {name: request[name] for name in ("video", "audio") if isinstance(request[name], (list, tuple))}
     if len(set(map(len, lists.values()))) > 1:
         raise ValueError(f"{len(video)} videos and {len(audio)} sounds: give as many of each, or one list alone")
     if lists:
-        requests = [request | dict(zip(lists, ones)) for ones in zip(*lists.values())]
+        requests = [_with_own_sound(request | dict(zip(lists, ones))) for ones in zip(*lists.values())]
         for one in requests:  # a wrong one is told before work begins
             _check(**one)
         models = models or load_models(weights, device)
         return [sample(**one | {"models": models}) for one in requests]
     _check(**request)
-    audio = video if make_audio is not None and audio is None else audio  # a file, whose own sound is meant
+    audio = request["audio"]
     models = models or load_models(weights, device)
     model, config = models.cmmd, models.cmmd.config
     tell = progress or (lambda what, done, of: None)
@@ -142,13 +142,18 @@ def sample(video=None, audio=None, *, seconds: float | None = None, make_video: 
     return Clip(frames, wave, config.fps, config.sample_rate, source)
 
 
+def _with_own_sound(request):
+    """The arguments of `sample`, `audio` being the video file itself where its own sound is meant."""
+    if request["make_audio"] is None or request["audio"] is not None:
+        return request
+    return request | ({"audio": request["video"]} if isinstance(request["video"], (str, os.PathLike)) else {})
+
+
 def _check(video, audio, seconds, make_video, make_audio, fps, sample_rate, steps, condition, guidance,
            stochasticity, seed, **_):
     """Refuse, before anything is loaded, what cannot work."""
     if video is not None and audio is not None and make_video is None and make_audio is None:
         raise ValueError(NOTHING_LEFT)
-    if make_audio is not None and audio is None and isinstance(video, (str, os.PathLike)):
-        audio = video
     check_sampling(steps, condition, guidance, stochasticity)
     if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**63:
         raise ValueError(f"seed is {seed!r}, expected a whole number from 0 to 2^63 - 1")
