@@ -1076,6 +1076,9 @@ def first_few(names, count=4):
     return (", ".join(names[:count]) or "none") + (f", ... ({len(names)} in all)" if len(names) > count else "")
 
 
+REFUSED = (ValueError, ImportError, OSError, torch.cuda.OutOfMemoryError)  # told in one line
+
+
 class Parser(argparse.ArgumentParser):
     """A command line that refuses in one line, exit status 2; so do its subcommands."""
 
@@ -1088,7 +1091,7 @@ class Parser(argparse.ArgumentParser):
             sys.stdout.reconfigure(errors="backslashreplace")
         try:
             return function(*arguments) or 0
-        except (ValueError, ImportError, OSError, torch.cuda.OutOfMemoryError) as error:
+        except REFUSED as error:
             print(f"{self.prog}: {' '.join(str(error).split())}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:

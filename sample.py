@@ -12,6 +12,7 @@ memory hardly grows with length. Letters: T video frames, C H W of the latents, 
 
 import base64
 import glob
+import itertools
 import math
 import os
 import sys
@@ -26,8 +27,8 @@ import torch
 import torch.nn.functional as F
 
 from cmmd import (
-    CMMD, CONDITIONS, SEED, Parser, atomic, check_sampling, data, generate, load, mel_frames, number, torchrun_place,
-    usable_device)
+    CMMD, CONDITIONS, REFUSED, SEED, Parser, atomic, check_sampling, data, generate, load, mel_frames, number,
+    torchrun_place, usable_device)
 from cmmd.vae import VAE, fingerprint, load as load_vae, to_frames, to_uint8
 from cmmd.vocoder import Vocoder, VocoderConfig, load as load_vocoder, log_mel
 
@@ -38,6 +39,7 @@ WEIGHTS = Path(__file__).resolve().parent / "weights"
 SHORTEST, LONGEST = 0.01, 7_200  # seconds that may be asked for
 IN_MEMORY = 2**24  # bytes of frames or of a wave; what is more waits in a file
 CHUNK = 64  # frames that are read, encoded or decoded at once
+TOGETHER = 144  # frames of short clips that go through the model at once: 8 windows of 1.8 s at 10 fps
 FADE = 0.01  # s; kept sound goes over into made sound within its last and first 10 ms
 DEMO_SEED, DEMO_SECONDS = 7, 3.6
 
@@ -88,33 +90,77 @@ def sample(video=None, audio=None, *, seconds: float | None = None, make_video: 
     """Make the sound of a video, the picture of a sound, or (given neither) both -> Clip.
 
     video: a file, or frames (T, H, W, 3), uint8 or float in [0, 1], at `fps`. audio: a file, or a wave (S,) or
-    (S, channels) in [-1, 1], at `sample_rate`. Arrays or tensors; a list of either gives a list of Clips, made one
-    after the other, each as if alone. seconds: length of the clip, at most the input's; 1.8 if there is none.
+    (S, channels) in [-1, 1], at `sample_rate`. Arrays or tensors; a list of either gives a list of Clips, each as if
+    alone, to rounding: short ones in a row that are equally long are made together, the faster. seconds: length of the
+    clip, at most the input's; 1.8 if there is none.
     make_video, make_audio: (start, end) in seconds, end None for the clip's end: make only that stretch anew, and keep
     the rest of what is given (as the model's frames, and as its sound but for 10 ms at the borders); of a video file
     without audio=, make_audio means the file's own sound. What lasts less than `seconds` goes on: its end is made too.
     steps, condition ("clean", "replace" or "guide"), guidance, stochasticity: see `cmmd.generate`; seed: another one,
     another result. weights: a name in weights/ or a folder; models: what `load_models` returned, instead. progress:
     called with (what, done, of). ValueError, in one line, for input that cannot be used."""
-    request = _with_own_sound(dict(locals()))
+    request = dict(locals())
     lists = {name: request[name] for name in ("video", "audio") if isinstance(request[name], (list, tuple))}
     if len(set(map(len, lists.values()))) > 1:
         raise ValueError(f"{len(video)} videos and {len(audio)} sounds: give as many of each, or one list alone")
-    if lists:
-        requests = [_with_own_sound(request | dict(zip(lists, ones))) for ones in zip(*lists.values())]
-        for one in requests:  # a wrong one is told before work begins
-            _check(**one)
-        models = models or load_models(weights, device)
-        return [sample(**one | {"models": models}) for one in requests]
-    _check(**request)
-    audio = request["audio"]
-    models = models or load_models(weights, device)
-    model, config = models.cmmd, models.cmmd.config
-    tell = progress or (lambda what, done, of: None)
+    requests = [request | dict(zip(lists, ones)) for ones in zip(*lists.values())] if lists else [request]
+    requests = [_with_own_sound(one) for one in requests]
+    for one in requests:  # a wrong one is told before work begins
+        _check(**one)
+    models, clips = models or load_models(weights, device), []
+    for clip in _made([one | {"models": models} for one in requests]):
+        if isinstance(clip, Exception):
+            raise clip
+        clips.append(clip)
+    return clips if lists else clips[0]
+
+
+def _made(requests):
+    """A Clip for each of the checked requests, or the exception that tells why there is none. Those in a row that are
+    equally long go through the model together, as many as fill one batch of its windows."""
+    read = ((request, _attempt(_read, **request)) for request in requests)
+    for shape, group in itertools.groupby(read, lambda pair: _shape(pair[1])):
+        most = max(1, TOGETHER // shape[0]) if shape else 1
+        while part := list(itertools.islice(group, most)):
+            yield from _together(*zip(*part)) if shape else (part[0][1],)
+
+
+def _attempt(function, *args, **settings):
+    """What function(...) returns, or the exception that it raises where it refuses."""
+    try:
+        return function(*args, **settings)
+    except REFUSED as error:
+        return error
+
+
+class _Given(NamedTuple):
+    """What is given of a clip of T frames, read and encoded, and which stretches of it are made: see `generate`."""
+
+    T: int
+    seconds: float
+    frames: np.ndarray | None
+    latents: torch.Tensor | None
+    wave: np.ndarray | None
+    mel: torch.Tensor | None
+    stretches: tuple
+    keep: tuple
+    source: Path | None
+
+
+def _shape(given):
+    """What clips have in common that can be made together; None of an exception."""
+    if isinstance(given, Exception):
+        return None
+    return given.T, *(None if x is None else x.shape for x in (given.latents, given.mel, *given.keep))
+
+
+def _read(video, audio, seconds, make_video, make_audio, fps, sample_rate, models, progress, **_):
+    """Read and encode what is given of one clip -> _Given."""
+    config = models.cmmd.config
     frames = wave = latents = mel = None
     lengths = [1.8] if video is None and audio is None else []
     if video is not None:
-        frames, latents, length = _video_input(video, fps, seconds, models, tell)
+        frames, latents, length = _video_input(video, fps, seconds, models, progress or _silent)
         seconds = length if make_video is None else seconds
         lengths.append(length)
     if audio is not None:
@@ -125,21 +171,44 @@ def sample(video=None, audio=None, *, seconds: float | None = None, make_video: 
     whole = frames is not None and make_video is None
     T = len(frames) if whole else data.frame_count(seconds, config.fps)
     stretches = _stretch("video", make_video, seconds), _stretch("audio", make_audio, seconds, lengths[-1])
-    keep = _kept(frames, mel, stretches, config)
-    made, mel = generate(model, latents, mel, T, keep=keep, steps=steps, condition=condition, guidance=guidance,
-                         stochasticity=stochasticity, seeds=(seed,), progress=lambda *a: tell("making", *a))
-    if not whole:
-        frames = _on_disk(_drawn(made, models.vae, frames, keep[0]), np.uint8, (config.size, config.size, 3),
-                          lambda done: tell("drawing", done, T))
-    if wave is None or make_audio is not None:
-        del made, latents  # 20 kB for each second of a video, no longer needed
-        mel = model.denormalise(mel)
-        wave = _on_disk(_sounding(mel, models.vocoder, wave, stretches[1]), np.float32)
-        wave = wave[: max(1, round(seconds * config.sample_rate))]
-    elif audio is not None:
-        wave = _on_disk([wave], np.float32)  # a copy: the caller may change it, and keep what was given
     source = Path(video).absolute() if isinstance(video, (str, os.PathLike)) and whole else None
-    return Clip(frames, wave, config.fps, config.sample_rate, source)
+    return _Given(T, seconds, frames, latents, wave, mel, stretches, _kept(frames, mel, stretches, config), source)
+
+
+def _together(requests, given):
+    """Make what is missing of several equally long clips at once -> the Clip of each, or the exception that tells why
+    there is none, one after the other."""
+    models, tell = requests[0]["models"], requests[0]["progress"] or _silent
+    join = lambda parts, how: None if parts[0] is None else how(parts)
+    latents, mel = (join([getattr(one, name) for one in given], torch.cat) for name in ("latents", "mel"))
+    keep = [join(masks, torch.stack) for masks in zip(*(one.keep for one in given))]
+    settings = {name: requests[0][name] for name in ("steps", "condition", "guidance", "stochasticity")}
+    made = _attempt(generate, models.cmmd, latents, mel, given[0].T, keep=keep, **settings,
+                    seeds=[request["seed"] for request in requests], progress=lambda *a: tell("making", *a))
+    if isinstance(made, Exception):
+        yield from [made] * len(given)
+        return
+    given = [one._replace(latents=None, mel=None) for one in given]  # 20 kB for each second, no longer needed
+    for one, *x in zip(given, *(x.split(1) for x in made)):
+        yield _attempt(_decoded, one, *x, models, tell)
+
+
+def _decoded(given, latents, mel, models, tell):
+    """The clip of what was given and of the latents (1, T, C, H, W) and mel (1, M, L) that were made."""
+    frames, wave, config = given.frames, given.wave, models.cmmd.config
+    if frames is None or given.stretches[0]:
+        frames = _on_disk(_drawn(latents, models.vae, frames, given.keep[0]), np.uint8, (config.size, config.size, 3),
+                          lambda done: tell("drawing", done, given.T))
+    if wave is None or given.stretches[1]:
+        sounding = _sounding(models.cmmd.denormalise(mel), models.vocoder, wave, given.stretches[1])
+        wave = _on_disk(sounding, np.float32)[: max(1, round(given.seconds * config.sample_rate))]
+    else:
+        wave = _on_disk([wave], np.float32)  # a copy: the caller may change it, and keep what was given
+    return Clip(frames, wave, config.fps, config.sample_rate, given.source)
+
+
+def _silent(what, done, of):
+    """A progress that tells nothing."""
 
 
 def _with_own_sound(request):
@@ -547,22 +616,37 @@ def _make(parser, args):
     rank, ranks, gpu = torchrun_place()
     device = args.device or (f"cuda:{gpu}" if torch.cuda.is_available() else None)
     settings = {name: getattr(args, name) for name in ("steps", "condition", "guidance", "stochasticity", "seed")}
-    stretches = {"make_video": args.make_video, "make_audio": args.make_audio}
     settings |= {"models": load_models(args.weights, device), "progress": _progress if sys.stderr.isatty() else None}
-
-    def one(video, audio, output):
-        for k, path in enumerate(_draws(output, args.draws)):
-            if args.skip_existing and path.exists():
-                print(f"{path}: is already there", flush=True)
-                continue
-            clip = sample(video, audio, seconds=args.seconds, **stretches, **settings | {"seed": args.seed + k})
-            clip.save(path)
-            print(f"{path}: {len(clip.audio) / clip.sample_rate:.1f} s", flush=True)
-
     if not jobs:
         return print(demo(**settings)) if rank == 0 else None
-    status = max([parser.run(one, *job) for job in jobs[rank::ranks]], default=0)
+    settings |= {name: getattr(args, name) for name in ("seconds", "make_video", "make_audio")}
+    requests, paths, status = [], [], 0
+    for video, audio, output in jobs[rank::ranks]:
+        request = _with_own_sound(settings | {"video": video, "audio": audio, "fps": None, "sample_rate": None})
+        draws = {k: path for k, path in enumerate(_draws(output, args.draws)) if not _there(path, args)}
+        refused = parser.run(lambda: _check(**request)) if draws else 0  # what is wrong is told before work begins
+        if not refused:
+            requests += [request | {"seed": args.seed + k} for k in draws]
+            paths += draws.values()
+        status = max(status, refused)
+    status = max([status, *(parser.run(_write, *one) for one in zip(_made(requests), paths))])
     return status if ranks == 1 else 0  # torchrun would stop the others, at work on their share
+
+
+def _there(path, args):
+    """Whether a file is to be left out because it is there, which is told."""
+    there = args.skip_existing and path.exists()
+    if there:
+        print(f"{path}: is already there", flush=True)
+    return there
+
+
+def _write(clip, path):
+    """Write a clip, and tell; raise what stands in a clip's place."""
+    if isinstance(clip, Exception):
+        raise clip
+    clip.save(path)
+    print(f"{path}: {len(clip.audio) / clip.sample_rate:.1f} s", flush=True)
 
 
 def _progress(what, done, of):
