@@ -126,6 +126,9 @@ class CMMDConfig:
                      "blocks", "heads", "groups", "shift"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"CMMD {name} is {getattr(self, name)}, it must be above 0")
+        side = 8 * 2 ** (len(self.attention) - 1)  # the autoencoder's factor, and the levels'
+        if self.frames < 2 or self.size % side:
+            raise ValueError(f"CMMD frames {self.frames} must be 2 or more, size {self.size} a multiple of {side}")
         if not 0 <= self.f_min < self.f_max <= self.sample_rate / 2:
             raise ValueError(f"CMMD f_min {self.f_min} and f_max {self.f_max} must lie within half the sample rate")
         if any(c % self.groups or c % (2 * self.heads) for c in self.video_channels + self.audio_channels):
@@ -542,8 +545,9 @@ def draw_times(B, first_lesson=False, shares=SHARES, shift=1.0):
 
 
 def motion_weights(video, share):
-    """Latents (B, T, C, H, W) -> weights of the video's errors (B, T, 1, H, W), mean 1 (ours): a `share` of the weight
-    lies where a frame differs from the clip's mean. Most of a picture stands still, and no sound tells what it is."""
+    """Latents (B, T, C, H, W) -> weights of the video's errors (B, T, 1, H, W) (ours): a `share` of the weight lies where
+    a frame differs from the clip's mean. Their mean is 1, but 1 - share where nothing moves. Most of a picture stands
+    still, and no sound tells what it is."""
     moved = (video - video.mean(dim=1, keepdim=True)).square().mean(dim=2, keepdim=True)
     return 1 - share + share * moved / moved.mean(dim=(1, 3, 4), keepdim=True).clamp(min=1e-6)
 

@@ -446,7 +446,7 @@ class EncodedClip(NamedTuple):
 
     def sound(self, start, seconds):
         """The wave from `start` s on, `seconds` long, which the clip must have -> float32 (S,)."""
-        start, length = round(start * self.sample_rate), round(seconds * self.sample_rate)
+        start, length = int(start * self.sample_rate + 1e-6), round(seconds * self.sample_rate)  # ends within the clip
         return self.wave[start : start + length].float() / 32767
 
 

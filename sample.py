@@ -94,8 +94,8 @@ def sample(video=None, audio=None, *, seconds: float | None = None, make_video: 
     alone, to rounding: short ones in a row that are equally long are made together, the faster. seconds: length of the
     clip, at most the input's; 1.8 if there is none.
     make_video, make_audio: (start, end) in seconds, end None for the clip's end: make only that stretch anew, and keep
-    the rest of what is given (as the model's frames, and as its sound but for 10 ms at the borders); of a video file
-    without audio=, make_audio means the file's own sound. What lasts less than `seconds` goes on: its end is made too.
+    the rest of what is given (as the model's frames, and as its sound but for 10 ms at the borders), and, without
+    audio=, of a video file's own sound. What lasts less than `seconds` goes on: its end is made too.
     steps, condition ("clean", "replace" or "guide"), guidance, stochasticity: see `cmmd.generate`; seed: another one,
     another result. weights: a name in weights/ or a folder; models: what `load_models` returned, instead. progress:
     called with (what, done, of). ValueError, in one line, for input that cannot be used."""
@@ -103,10 +103,8 @@ def sample(video=None, audio=None, *, seconds: float | None = None, make_video: 
     lists = {name: request[name] for name in ("video", "audio") if isinstance(request[name], (list, tuple))}
     if len(set(map(len, lists.values()))) > 1:
         raise ValueError(f"{len(video)} videos and {len(audio)} sounds: give as many of each, or one list alone")
-    requests = [request | dict(zip(lists, ones)) for ones in zip(*lists.values())] if lists else [request]
-    requests = [_with_own_sound(one) for one in requests]
-    for one in requests:  # a wrong one is told before work begins
-        _check(**one)
+    alone = [request | dict(zip(lists, ones)) for ones in zip(*lists.values())] if lists else [request]
+    requests = [_checked(one) for one in alone]  # a wrong one is told before work begins
     models, clips = models or load_models(weights, device), []
     for clip in _made([one | {"models": models} for one in requests]):
         if isinstance(clip, Exception):
@@ -211,16 +209,23 @@ def _silent(what, done, of):
     """A progress that tells nothing."""
 
 
-def _with_own_sound(request):
-    """The arguments of `sample`, `audio` being the video file itself where its own sound is meant."""
-    if request["make_audio"] is None or request["audio"] is not None:
-        return request
-    return request | ({"audio": request["video"]} if isinstance(request["video"], (str, os.PathLike)) else {})
+def _checked(request):
+    """The arguments of `sample`, `audio` being the video file itself where its own sound is meant. ValueError, before
+    anything is loaded, for what cannot work."""
+    video, seconds = request["video"], request["seconds"]
+    if request["audio"] is None and isinstance(video, (str, os.PathLike)):
+        if request["make_audio"] is not None:
+            request = request | {"audio": video}
+        elif request["make_video"] is not None and (media := data.probe(video)).audio:
+            goes_on = seconds and media.seconds and seconds > media.seconds
+            request = request | {"audio": video, "make_audio": (media.seconds, None) if goes_on else None}
+    _check(**request)
+    return request
 
 
 def _check(video, audio, seconds, make_video, make_audio, fps, sample_rate, steps, condition, guidance,
            stochasticity, seed, **_):
-    """Refuse, before anything is loaded, what cannot work."""
+    """Refuse what cannot work."""
     if video is not None and audio is not None and make_video is None and make_audio is None:
         raise ValueError(NOTHING_LEFT)
     check_sampling(steps, condition, guidance, stochasticity)
@@ -620,25 +625,20 @@ def _make(parser, args):
     if not jobs:
         return print(demo(**settings)) if rank == 0 else None
     settings |= {name: getattr(args, name) for name in ("seconds", "make_video", "make_audio")}
-    requests, paths, status = [], [], 0
-    for video, audio, output in jobs[rank::ranks]:
-        request = _with_own_sound(settings | {"video": video, "audio": audio, "fps": None, "sample_rate": None})
-        draws = {k: path for k, path in enumerate(_draws(output, args.draws)) if not _there(path, args)}
-        refused = parser.run(lambda: _check(**request)) if draws else 0  # what is wrong is told before work begins
-        if not refused:
-            requests += [request | {"seed": args.seed + k} for k in draws]
-            paths += draws.values()
-        status = max(status, refused)
-    status = max([status, *(parser.run(_write, *one) for one in zip(_made(requests), paths))])
-    return status if ranks == 1 else 0  # torchrun would stop the others, at work on their share
+    requests, paths = [], []
 
+    def ask(video, audio, output):
+        for k, path in enumerate(_draws(output, args.draws)):
+            if args.skip_existing and path.exists():
+                print(f"{path}: is already there", flush=True)
+                continue
+            request = settings | {"video": video, "audio": audio, "fps": None, "sample_rate": None}
+            requests.append(_checked(request | {"seed": args.seed + k}))
+            paths.append(path)
 
-def _there(path, args):
-    """Whether a file is to be left out because it is there, which is told."""
-    there = args.skip_existing and path.exists()
-    if there:
-        print(f"{path}: is already there", flush=True)
-    return there
+    asked = [parser.run(ask, *job) for job in jobs[rank::ranks]]  # what is wrong is told before work begins
+    done = [parser.run(_write, *one) for one in zip(_made(requests), paths)]
+    return max([*asked, *done], default=0) if ranks == 1 else 0  # torchrun would stop the others, at work
 
 
 def _write(clip, path):

@@ -2630,10 +2630,15 @@ def test_sample_goes_on_from_the_first_second_of_both(models, given, seconds):
 
 def test_sample_makes_a_stretch_of_the_picture_from_all_of_the_sound(tmp_path, models):
     data.write_clip(tmp_path / "a.mp4", moving_square(20, 10), np.sin(np.arange(32000) / 9) / 2)
-    clip = sample(tmp_path / "a.mp4", tmp_path / "a.mp4", make_video=(0.5, 1), models=models, steps=1)
+    clip = sample(tmp_path / "a.mp4", make_video=(0.5, 1), models=models, steps=1)  # its own sound is kept
     same = (clip.video == data.read_video(tmp_path / "a.mp4")).all((1, 2, 3))
     assert clip.source is None and same.tolist() == [not 5 <= k < 10 for k in range(20)]
-    assert np.array_equal(clip.audio, data.read_audio(tmp_path / "a.mp4"))
+    own = data.read_audio(tmp_path / "a.mp4")
+    assert np.array_equal(clip.audio, own)
+    clip = sample(tmp_path / "a.mp4", make_video=(1.5, None), seconds=3, models=models, steps=1)  # both go on
+    assert len(clip.video) == 30 and len(clip.audio) == 48000 and np.array_equal(clip.audio[:31800], own[:31800])
+    data.write_clip(tmp_path / "silent.mp4", moving_square(20, 10))
+    assert len(sample(tmp_path / "silent.mp4", make_video=(0.5, 1), models=models, steps=1).audio) == 32000
     clip = sample(tmp_path / "a.mp4", tmp_path / "a.mp4", make_video=(0.51, 0.54), models=models, steps=1)
     same = (clip.video == data.read_video(tmp_path / "a.mp4")).all((1, 2, 3))
     assert same.tolist() == [k != 5 for k in range(20)]  # the frame that is on screen then
@@ -2853,6 +2858,19 @@ def test_train_cached_clips_of_other_frame_rates_are_others(tmp_path, monkeypatc
     assert len(set.union(*names)) == 6
 
 
+def test_train_refuses_an_autoencoder_of_three_levels(tmp_path, capsys):
+    cmmd.save(tmp_path / "vae.safetensors", VAE(VAEConfig(channels=(8, 8, 8), blocks=1, groups=4)))
+    words = ["cmmd", "--vae", str(tmp_path / "vae.safetensors"), "--out", str(tmp_path / "out")]
+    assert train.main(words) == 2 and "1/4 of the frames" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fps, rate", [(12, 22050), (10, 16000), (29.97, 16000)])
+def test_train_windows_of_an_encoded_clip_are_equally_long_up_to_its_end(tmp_path, fps, rate):
+    data.write_encoded(tmp_path / "a", torch.zeros(40, 1, 1, 1), np.ones(10**5), fps, rate)
+    clip = data.open_encoded(tmp_path / "a")
+    assert {len(clip.sound(k / fps, 21 / fps)) for k in range(20)} == {round(21 / fps * rate)}
+
+
 def test_train_refuses_to_resume_with_other_settings(tmp_path, monkeypatch, capsys):
     few_clips(monkeypatch)
     words = ["vae", "--out", str(tmp_path), "--steps", "1", "--workers", "0", *TRAININGS["vae"]]
@@ -2873,6 +2891,9 @@ def test_train_refuses_to_resume_with_other_settings(tmp_path, monkeypatch, caps
     (["vae", "--steps", "0"], "steps"),
     (["cmmd", "--vae", str(WORLDS / "vae.safetensors"), "--data", "x"], "no such folder"),
     (["cmmd", "--vae", "x", "--negatives-at", "1", "0.5"], "--negatives-at"),
+    (["cmmd", "--vae", "x", "--shift", "0.4", "0.1"], "--shift 0.4 0.1"),
+    (["cmmd", "--vae", str(WORLDS / "vae.safetensors"), "--config", '{"frames": 1}'], "2 or more"),
+    (["cmmd", "--vae", str(WORLDS / "vae.safetensors"), "--config", '{"size": 72}'], "a multiple of 32"),
     (["cmmd", "--vae", "x", "--batch", "0"], "batch"), (["vae", "--device", "abacus"], "abacus"),
 ])
 def test_train_command_line_refuses_in_one_line(tmp_path, monkeypatch, capsys, words, says):
@@ -2985,7 +3006,7 @@ def test_train_goes_on_from_weights_at_another_frame_rate(tmp_path, monkeypatch,
     assert all(torch.equal(w, model.state_dict()[name]) for name, w in state.ema.state_dict().items())
 
 
-@pytest.mark.parametrize("fps, frames, L", [(10, 18, 112), (25, 45, 112), (30, 50, 104), (29.97, 31, 64), (12, 1, 5)])
+@pytest.mark.parametrize("fps, frames, L", [(10, 18, 112), (25, 45, 112), (30, 50, 104), (29.97, 31, 64), (12, 2, 10)])
 def test_train_windows_of_any_frame_rate_are_whole(tmp_path, fps, frames, L):
     """Of a clip of any length, wherever they are cut, as many mel frames as fit into the window's time."""
     config = replace(pair_batches().config, fps=fps, frames=frames)
@@ -3080,6 +3101,9 @@ def test_train_cache_refuses_what_is_torn(tmp_path):
 @pytest.mark.parametrize("words, says", [
     ([], "train.py: the following"), (["fly"], "train.py: argument"), (["cmmd"], "train.py cmmd: the following"),
     (["vae", "--out", "o", "--steps", "x"], "train.py vae: argument --steps"),
+    (["vae", "--out", "o", "--lr", "-0.1"], "train.py vae: argument --lr: -0.1 is no number from 0"),
+    (["vae", "--out", "o", "--ema", "1.5"], "--ema: 1.5 is no number from 0 to 1"),
+    (["vae", "--out", "o", "--warmup", "-5"], "--warmup: -5"),
     (["vae", "--out", "o", "--lr", "nan"], "--lr"), (["vae", "--out", "o", "--seed", "-1"], "--seed"),
     (["vae", "--out", "o", "--config", "[1]"], "--config"), (["vae", "--out", "o", "--hope"], "--hope")])
 def test_train_parser_refuses_in_one_line(capsys, words, says):

@@ -193,10 +193,10 @@ def run(state, batches, update, evaluate, args, finish=lambda ema: ema):
         state.step += 1
         state.average(args.ema)
         calm, last = watch(usual, losses, state.step), state.step == args.steps
-        for name, value in losses.items():
-            sums.setdefault(name, []).append(value)
         if not first:
             continue
+        for name, value in losses.items():
+            sums.setdefault(name, []).append(value)
         if state.step % args.log_every == 0 or last:
             mean = lambda values: torch.tensor(values, dtype=torch.float64).nanmean().item()  # NaN: not in that step
             means = {name: mean(values) for name, values in sums.items()}
@@ -501,9 +501,10 @@ class PairBatches:
                 clip.sound(k / clip.fps + move_audio, c.frames / c.fps))
 
     def move(self, rng, k, clip):
-        """Seconds, within `shift`, by which the window at frame k is cut earlier or later, where the clip goes on; less
-        than that where it goes on for less, which must be a frame at least."""
-        (low, high), room = self.shift, (k / clip.fps, (clip.T - self.config.frames - k) / clip.fps)
+        """Seconds, within `shift` and a frame at least, by which the window at frame k is cut earlier or later, where the
+        clip goes on; less than `shift` where it goes on for less."""
+        low, high = (max(x, 1 / clip.fps) for x in self.shift)
+        room = k / clip.fps, (clip.T - self.config.frames - k) / clip.fps
         sides = [sign * min(high, space) for sign, space in zip((-1, 1), room) if space > low - 1e-6]
         side = sides[rng.integers(len(sides))] if sides else max((-room[0], room[1]), key=abs)
         return math.copysign(rng.uniform(min(low, abs(side)), abs(side)), side)
@@ -558,7 +559,10 @@ def encode_clips(clips, autoencoder):
 def initial_model(autoencoder, args):
     """A fresh CMMD for these latents, or that of --init. ValueError if that one knows other latents."""
     if isinstance(args.config.get("fps"), (int, float)):
-        args.config.setdefault("frames", max(1, round(1.8 * args.config["fps"])))  # P: windows of 1.8 s
+        args.config.setdefault("frames", max(2, round(1.8 * args.config["fps"])))  # P: windows of 1.8 s
+    if autoencoder.config.factor != 8:
+        raise ValueError(f"{args.vae}: its latents are 1/{autoencoder.config.factor} of the frames' size, the model's 1/8: "
+                         "give an autoencoder of four levels")
     default = CMMDConfig(latent_channels=autoencoder.config.latent_channels, **SIZES[args.size or "demo"])
     model, own = initial(CMMD, lambda path: load(path, CMMD), default, args), fingerprint(autoencoder)
     if model.config.latents not in ("", own):
@@ -807,8 +811,9 @@ def check_shares(args):
     if args.eta and (args.batch < 2 or round(args.negatives * args.batch) < 1):
         raise ValueError(f"--eta {args.eta:g} with --negatives {args.negatives:g} of --batch {args.batch}: not one "
                          "sample has negatives; raise either")
-    if args.negatives_at[0] > args.negatives_at[1]:
-        raise ValueError(f"--negatives-at {args.negatives_at[0]} {args.negatives_at[1]}: the lower level comes first")
+    for name, (low, high) in (("negatives-at", args.negatives_at), ("shift", args.shift)):
+        if low > high:
+            raise ValueError(f"--{name} {low:g} {high:g}: the lower one comes first")
     if not sum(args.shares) or not sum(args.kinds):
         raise ValueError("--shares or --kinds are all 0: one of them at least must be above")
     if args.first_lesson and not sum(args.shares[2:]):
@@ -831,7 +836,8 @@ def arguments(argv):
         task = tasks.add_parser(name, formatter_class=Help)
         task.add_argument("--out", required=True, help="folder for checkpoints, logs and the trained weights")
         for key, value in recipe.items():
-            task.add_argument(f"--{key}", type=number(kind=type(value)), default=value, help=MEANING[key])
+            bounds = (0, 1) if key == "ema" else (0, 1e9)
+            task.add_argument(f"--{key}", type=number(*bounds, type(value)), default=value, help=MEANING[key])
         task.add_argument("--seed", type=SEED, default=0, help="another one, other clips, times and noise")
         task.add_argument("--config", type=json_object, default={}, help="sizes of the network, where not the "
                           "default's or those of --init: JSON")
@@ -888,7 +894,7 @@ def model_arguments(task):
     task.add_argument("--kinds", type=number(0), nargs=3, default=(1, 1, 1), metavar="P", help="shares of the "
                       "negatives: shift, splice, swap")
     task.add_argument("--shift", type=number(0, 60), nargs=2, default=(0.1, 0.4), metavar="S",
-                      help="how far shifts go, from and to, in seconds")
+                      help="how far shifts go, from and to, in seconds, but a frame at least")
     task.add_argument("--shares", type=number(0, 1), nargs=4, default=SHARES, metavar="P",
                       help="then, shares of: one t, two, clean video, clean audio")
 
