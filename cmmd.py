@@ -9,7 +9,9 @@ The method of the paper, over tensors: nothing here knows of files of media, fra
   the rest     save, load, others' weights, devices, command lines: what serves all files
 
 Letters: B batch, T video frames, C channels, H W latent height and width, M mel bins, L mel frames. "velocity" is the
-v-target of Salimans and Ho; `t` in [0, 1] is the noise level (the paper's n / N), 0 clean and 1 pure noise.
+v-target of Salimans and Ho; `t` in [0, 1] is the noise level (the paper's n / N), 0 clean and 1 pure noise. Equations:
+2 joint v-loss, 3 step guided by a reconstruction, 4 contrastive loss for a clean video, 5 noising of what is given,
+6 joint contrastive loss. "(ours)" marks what is not in the paper.
 """
 
 import argparse
@@ -93,7 +95,8 @@ class CMMDConfig:
     log10 mel, so that the normalised one is about N(0, 1); video_channels, audio_channels: width of each level;
     blocks: pairs of blocks a level; attention: over time, level by level; fusion: what crosses between the modalities,
     "learned" (pooled where a 1x1 convolution looks), "mean" (spatial mean), "attention" (AttentionFusion) or "none";
-    shift: see `levels`; latents: `vae.fingerprint` of the autoencoder they come from, where known."""
+    shift: the picture's ratio of signal to noise over the sound's where both share one t (`levels`; nothing to do with
+    shifted negatives); latents: `vae.fingerprint` of the autoencoder they come from, where known."""
 
     size: int = 64
     fps: float = 10
@@ -263,7 +266,7 @@ class AudioBlock(nn.Module):
 
     def __init__(self, c_in, c_out, embedding, config, attention):
         super().__init__()
-        self.time = ResidualBlock(c_in, c_out, embedding, config.groups, dims=1)
+        self.time = ResidualBlock(c_in, c_out, embedding, config.groups, dims=1)  # over time, L
         self.attention = Attention(c_out, config.heads) if attention else None
 
     def forward(self, x, time):
@@ -307,9 +310,10 @@ class EasyFusion(nn.Module):
     the other's times and projected, are added to the other's. Cost O(T*H*W*C), no attention between the modalities.
 
     Video to audio: per head, a 1x1 convolution scores the positions of a frame and a softmax over H*W weighs them (a
-    ball fills 2 % of the picture and drowns in a plain mean); what is found there and where that is cross as they are
-    and, since a still background drowns a small ball over time too, as they move. Audio to video: added everywhere and,
-    by a second projection, where a learned map over H*W of peak 1 says."""
+    ball fills 2 % of the picture and drowns in a plain mean). What crosses: `found`, the features averaged by it, and
+    `place`, the mean position, both as they are (`found` normalised) and both less their mean over T at unit variance
+    (`moving`), since a still background drowns a small ball over time too. Audio to video: added everywhere and, by a
+    second projection, where a learned map over H*W of peak 1 says."""
 
     def __init__(self, video, audio, config):
         super().__init__()
@@ -393,7 +397,9 @@ class AttentionFusion(nn.Module):
 
 
 class Pair(nn.Module):
-    """A video block, an audio block, and the fusion after them."""
+    """A video block, an audio block, and the fusion after them. video, audio: channels (in, out) of each.
+
+    forward: video (B*T, C, H, W), audio (B, C, L), time (B, E), `step` seconds a mel frame at this level -> both."""
 
     def __init__(self, video, audio, embedding, config, attention):
         super().__init__()
@@ -408,9 +414,9 @@ class Pair(nn.Module):
 
 
 class NoiseSkip(nn.Module):
-    """A path around the U-Net for sound, x (B, M, L) -> the same: x and a local mix of it, each by a gain that the time
-    sets. At low noise the velocity is almost the input's noise: 80 independent channels, which a U-Net of 96 channels
-    with nonlinearities reproduces badly."""
+    """A path around the U-Net for sound, x (B, M, L) -> the same: x and a local mix of it, each by a gain that the
+    noise level sets. At low noise the velocity is almost the input's noise: 80 independent channels, which a U-Net of
+    96 (`demo`) with nonlinearities reproduces badly."""
 
     def __init__(self, bins, embedding):
         super().__init__()
@@ -427,7 +433,7 @@ class NoiseSkip(nn.Module):
 
 class StillSkip(nn.Module):
     """A path around the U-Net for video, x (B, T, C, H, W) -> the same: x and its mean over T, each by a gain that the
-    time sets. Most of a picture stands still, and is denoised by averaging, which a U-Net only learns slowly."""
+    noise level sets. Most of a picture stands still, and is denoised by averaging, which a U-Net only learns slowly."""
 
     def __init__(self, channels, embedding):
         super().__init__()
@@ -518,16 +524,16 @@ class CMMD(nn.Module):
 # ---- Losses
 
 
-SHARES = (0.2, 0.1, 0.5, 0.2)  # of a batch: one t, two, clean video, clean audio
+SHARES = (0.2, 0.1, 0.5, 0.2)  # of a batch: both sides at one t, each at its own, clean video, clean audio
 
 
 def draw_times(B, first_lesson=False, shares=SHARES, shift=1.0):
     """Noise levels for a batch -> t_video, t_audio (B,). Ours; the paper has one t for both.
 
-    The mixture, in these shares: one t (see `levels` for `shift`), two, clean video, clean audio; times are drawn
-    towards high noise as 1 - u^2; of the clean samples a quarter have the other side at t = 1, the rest anywhere. The
-    first lesson of a training: one side clean, in the last two shares' proportion, the other at t = 1 or, in half of
-    them, at t >= 0.7."""
+    Four kinds of samples, in these shares: one t for both (the picture's by `levels` and `shift`) and two, all drawn as
+    1 - u^2, towards high noise; clean video and clean audio, that side's t 0, the other's 1 in a quarter of them, which
+    is what sampling starts from, else uniform. The first lesson of a training: the last two kinds alone, the other
+    side's t 1 in half of them, else uniform from 0.7: there only the clean side can lower the loss."""
     if first_lesson:
         side = torch.rand(B) * (shares[2] + shares[3]) < shares[2]
         t = (0.7 + 0.6 * torch.rand(B)).clamp(max=1.0)
@@ -545,9 +551,9 @@ def draw_times(B, first_lesson=False, shares=SHARES, shift=1.0):
 
 
 def motion_weights(video, share):
-    """Latents (B, T, C, H, W) -> weights of the video's errors (B, T, 1, H, W) (ours): a `share` of the weight lies where
-    a frame differs from the clip's mean. Their mean is 1, but 1 - share where nothing moves. Most of a picture stands
-    still, and no sound tells what it is."""
+    """Latents (B, T, C, H, W) -> weights of the video's errors (B, T, 1, H, W) (ours): a `share` of the weight lies
+    where a frame differs from the clip's mean. Their mean is 1, but 1 - share where nothing moves. Most of a picture
+    stands still, and no sound tells what it is."""
     moved = (video - video.mean(dim=1, keepdim=True)).square().mean(dim=2, keepdim=True)
     return 1 - share + share * moved / moved.mean(dim=(1, 3, 4), keepdim=True).clamp(min=1e-6)
 
@@ -587,8 +593,9 @@ def contrastive_loss(model, pair, times, noise, negatives, eta, margin=None, mot
     noise, its velocity is that of the negative itself, and a clean side has no loss there either (ours; the paper is
     silent). Eq. 6 falls without bound as negatives get worse. With `margin` (ours) each term is a triplet loss instead,
     eta * max(0, margin + its positive's loss - its own): a negative that is worse by the margin is left alone, and
-    where right and wrong cannot be told apart, as in much noise, both pulls cancel. (With the positive's loss held
-    constant, only 1 - 2 eta of its own pull is left there, and eta = 1 diverged.) motion: see `joint_loss`."""
+    where right and wrong cannot be told apart, as in much noise, both pulls cancel. For that the gradient must flow
+    through the positive in the hinge too: held constant there, it leaves a net pull of 1 - 2 eta on pairs that look
+    alike, and eta = 1 diverged. motion: see `joint_loss`."""
     n = len(negatives[0])
     video = torch.cat([pair[0], pair[0][:n], negatives[0]])
     audio = torch.cat([pair[1], negatives[1], pair[1][:n]])
@@ -636,8 +643,8 @@ CONDITIONS = ("clean", "replace", "guide")  # how a given side enters
 GUIDED = 0.5  # "clean" guides at noise levels above this: what is late are details, which guidance only roughens
 
 
-def own_guidance(condition, given):
-    """The guidance of a condition where none is asked for: 1 of "guide" (Eq. 3); 2 of "clean" for pictures of sounds,
+def default_guidance(condition, given):
+    """The guidance where none is asked for: 1 of "guide" (Eq. 3); 2 of "clean" for pictures of sounds,
     which otherwise follow them too little (measured: README); else 0."""
     return {"guide": 1.0, "clean": 2.0 if given == 1 else 0.0}.get(condition, 0.0)
 
@@ -656,10 +663,11 @@ def generate(model: CMMD, video: torch.Tensor | None = None, audio: torch.Tensor
     Where True its values are held exactly, elsewhere and beyond its end they are made: continuation and inpainting.
     condition, how the given side enters: "clean" at its own t = 0 (ours), with guidance w (default: 2 for pictures, 0
     for sounds) away from the prediction that does not see it, at t > 0.5; "replace" noised to the current level
-    (Eq. 5); "guide" also pulled down the gradient of its own reconstruction (Eq. 3) with lambda = guidance (default 1).
-    It says nothing of a side that is given in part: what is kept of that stands, as in Eq. 5, at the noise level of all
-    that is made.
-    steps: by default 3 for sounds and 6 for pictures, 25 where no side is given whole: see `sampling_times`.
+    (Eq. 5), where guidance does nothing; "guide" also pulled down the gradient of its own reconstruction (Eq. 3) with
+    lambda = guidance (default 1). Neither says anything of a side that is given in part: what is kept of that stands,
+    as in Eq. 5, at the noise level of all that is made.
+    steps: by default 3 for sounds and 6 for pictures, 10 by "replace" and "guide", 25 where no side is given whole: see
+    `sampling_times`.
     sampler: "ddim" with `stochasticity` s in [0, 1] (0 DDIM, 1 fresh noise at every step) or "dpm", DPM-Solver++(2M).
     seeds: one a sample; the same seed gives the same noise on any device and in any batch. Clips longer than a training
     window are cut into windows every `stride` frames, `window_batch` at a time, whose predictions are blended at every
@@ -681,7 +689,7 @@ def generate(model: CMMD, video: torch.Tensor | None = None, audio: torch.Tensor
     generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
     draw = lambda side: torch.stack([torch.randn(shapes[side], generator=g) for g in generators]).to(device)
     noise = [draw(0), draw(1)]
-    guidance = own_guidance(condition, given) if guidance is None else guidance
+    guidance = default_guidance(condition, given) if guidance is None else guidance
     if given is not None and condition == "clean" and not guidance:
         noise[given] = None  # drawn so that the generators go on alike, then never seen
     kept = [(side, known[side], mask.to(device)) for side, mask in enumerate(keep) if mask is not None]
@@ -700,8 +708,8 @@ def generate(model: CMMD, video: torch.Tensor | None = None, audio: torch.Tensor
 def put_back(x, kept):
     """Overwrite x = [video, audio] with what is kept of a side, [(side, values, mask (1 or B, n))]; the rest stays.
 
-    Done to every prediction of clean data, it holds a stretch by Eq. 5: what a sampler's step makes of the truth and of
-    the noise that is left of x_t is the truth, noised to the next level with its own noise."""
+    Called on every prediction x_0. Where that is the truth, a step computes the noise that x_t holds and mixes it with
+    the truth again at the next level: the kept stretch is diffuse(truth, its own first noise, t), as in Eq. 5."""
     for side, values, mask in kept:
         n = min(mask.shape[-1], x[side].shape[1 + side])
         mask = mask[..., :n].reshape(-1, *((n, 1, 1, 1) if side == 0 else (1, n)))
@@ -743,8 +751,9 @@ def check_sampling(steps, condition, guidance=None, stochasticity=0.0, sampler="
 def integrate(predict, noise, given, times, sampler="ddim", stochasticity=0.0, draw=None, progress=None, shift=1):
     """From pure noise down the noise levels `times`, from 1 to 0, -> [video, audio]. shift: see `levels`.
 
-    predict(x, t, noise) -> [video, audio], the predicted clean data; predict itself supplies the side `given`, of which
-    x, noise and the prediction may be None. The other's noise is overwritten: long clips need the memory."""
+    predict(x, t, noise) -> [video, audio], the predicted clean data; what it sees of the side `given` is its own
+    business: that side's x, noise and prediction may be None. What is made grows in the tensors `noise`: long clips
+    need the memory."""
     x, before, steps = list(noise), None, len(times) - 1
     for i in range(steps):
         x_0 = predict(x, times[i], noise)
@@ -768,10 +777,7 @@ def sampling_times(steps=None, given=None, condition="clean"):
     Sound of a clean video: equal steps, 3 unless told otherwise. Else 1 - (i / steps)^2, dense at high noise, where
     what happens when is decided and where a training draws most of its times (`draw_times`: 1 - u^2): 6 for pictures
     of a clean sound, 10 by "replace" and "guide", 25 where no side is given whole."""
-    if given is None or condition != "clean":
-        steps = steps or (25 if given is None else 10)
-    else:
-        steps = steps or (3 if given == 0 else 6)
+    steps = steps or (25 if given is None else 10 if condition != "clean" else (3, 6)[given])
     power = 1 if given == 0 and condition == "clean" else 2
     return [1 - (i / steps) ** power for i in range(steps + 1)]
 
@@ -786,7 +792,8 @@ def in_pieces(function, *xs, into, size=2**18):
 
 
 def ddim_step(x_t, x_0, t, t_next, stochasticity=0.0, fresh=0.0):
-    """Eq. 3, second line, as DDIM reads it: the noise is what x_0 leaves of x_t; a share s of it may be drawn anew.
+    """x_t and x_0 of any one shape at t -> x at t_next, below t. Eq. 3, second line, as DDIM reads it: the noise is
+    what x_0 leaves of x_t; a share s of it may be drawn anew.
 
     DDIM's eta (1: DDPM's noise) is s = eta sqrt((1 - a / a') / (1 - a)), a and a' being alpha_bar at t and t_next."""
     signal, sigma = scales(t, x_t)
@@ -826,17 +833,17 @@ def _predictor(model, windows, known, given, condition, guidance, shift):
             push_away(seeing[made], at(x, times)[made], guidance)
         return seeing
 
-    def replace(x, t, noise):
+    def noised(x, t, noise):
         x, whole, times = list(x), windows.lengthen(known, given), levels(t, shift)
         x[given] = diffuse(whole, noise[given], times[given])
         if condition == "replace":
             return at(x, times)
-        x_0, gradient = windows.reconstruction_gradient(model, x, times, whole, given)
+        x_0, gradient = windows.reconstruction_gradient(model, x, times, whole, given)  # "guide", Eq. 3
         signal = scales(times[1 - given], x_0)[0]  # sqrt(alpha_bar)
         pulled = x_0 - guidance * signal * gradient
         return [None, pulled] if given == 0 else [pulled, None]
 
-    return joint if given is None else clean if condition == "clean" else replace
+    return joint if given is None else clean if condition == "clean" else noised
 
 
 def push_away(x, blind, guidance):
@@ -849,7 +856,7 @@ def push_away(x, blind, guidance):
 
 
 def at_levels(model, parts, times):
-    """The model's velocities of parts = [video, audio] (B, ...), all at the same two noise levels."""
+    """The model's velocities, float32, of parts = [video, audio] (B, ...), all at the same two noise levels."""
     B, device = len(parts[0]), parts[0].device
     with fast_autocast(device):
         return model(*parts, *(torch.full((B,), float(t), device=device) for t in times))
@@ -860,7 +867,8 @@ class Windows:
 
     Windows are as long as those of the training, `config.frames` with the mel frames that end within them (18 and 112
     at 10 fps), and start on whole mel frames; the canvas is lengthened by a few frames if need be. Predictions are
-    joined with triangular weights. Memory is bounded by the batch of windows, and the result does not depend on it."""
+    joined with triangular weights. Memory is bounded by the batch of windows, and the result does not depend on it.
+    side: 0 video, 1 audio; also the axis of time in one sample, (T, C, H, W) or (M, L)."""
 
     def __init__(self, T, config, stride, batch):
         per_frame = config.sample_rate / (config.fps * config.hop)  # mel frames a video frame

@@ -817,7 +817,7 @@ def test_cmmd_replace_is_eq_5_and_guide_eq_3(full_precision, given):
         plain = denoise(x[1 - given], windows.velocities(model, noisy, [t, t])[1 - given].detach(), t)[0]
         free = noisy[1 - given] = x[1 - given].clone().requires_grad_()
         (gradient,) = torch.autograd.grad(reconstruction_error(model, windows, noisy, t, known, given), free)
-        assert cmmd.own_guidance("guide", given) == 1.0
+        assert cmmd.default_guidance("guide", given) == 1.0
         for how, weight in (("replace", 0.0), ("guide", 0.0), ("guide", 0.7)):
             with torch.no_grad():
                 made = cmmd._predictor(model, windows, known, given, how, weight, 1)(x, t, eps)[1 - given]
@@ -2884,17 +2884,16 @@ def test_train_refuses_to_resume_with_other_settings(tmp_path, monkeypatch, caps
     (["vae", "--config", '{"channels": [9]}'], "groups"), (["vae", "--config", '{"channels": 5}'], "channels"),
     (["cmmd", "--vae", "x", "--shares", "1", "0", "0", "0"], "--first-lesson 0 leaves it out"),
     (["cmmd", "--vae", "x", "--kinds", "0", "0", "0"], "all 0"),
-    (["vae", "--log-every", "0"], "--log-every"), (["cmmd", "--vae", "x", "--init", "x", "--size", "base"], "--init"),
+    (["cmmd", "--vae", "x", "--init", "x", "--size", "base"], "--init"),
     (["vae", "--init", str(WORLDS / "vae.safetensors"), "--config", '{"blocks": 2}'], "do not fit these sizes"),
     (["vae", "--init", "none.safetensors"], "no such file"), (["cmmd", "--vae", "none.safetensors"], "no such file"),
     (["vae", "--out", "file"], "file"), (["vae", "--config", '{"bands": 3}'], "bands"),
-    (["vae", "--steps", "0"], "steps"),
     (["cmmd", "--vae", str(WORLDS / "vae.safetensors"), "--data", "x"], "no such folder"),
     (["cmmd", "--vae", "x", "--negatives-at", "1", "0.5"], "--negatives-at"),
     (["cmmd", "--vae", "x", "--shift", "0.4", "0.1"], "--shift 0.4 0.1"),
     (["cmmd", "--vae", str(WORLDS / "vae.safetensors"), "--config", '{"frames": 1}'], "2 or more"),
     (["cmmd", "--vae", str(WORLDS / "vae.safetensors"), "--config", '{"size": 72}'], "a multiple of 32"),
-    (["cmmd", "--vae", "x", "--batch", "0"], "batch"), (["vae", "--device", "abacus"], "abacus"),
+    (["cmmd", "--vae", "x", "--batch", "9", "--accumulate", "2"], "batch"), (["vae", "--device", "abacus"], "abacus"),
 ])
 def test_train_command_line_refuses_in_one_line(tmp_path, monkeypatch, capsys, words, says):
     monkeypatch.chdir(tmp_path)
@@ -3103,7 +3102,8 @@ def test_train_cache_refuses_what_is_torn(tmp_path):
     (["vae", "--out", "o", "--steps", "x"], "train.py vae: argument --steps"),
     (["vae", "--out", "o", "--lr", "-0.1"], "train.py vae: argument --lr: -0.1 is no number from 0"),
     (["vae", "--out", "o", "--ema", "1.5"], "--ema: 1.5 is no number from 0 to 1"),
-    (["vae", "--out", "o", "--warmup", "-5"], "--warmup: -5"),
+    (["vae", "--out", "o", "--warmup", "-5"], "--warmup: -5"), (["vae", "--out", "o", "--steps", "0"], "--steps: 0"),
+    (["vae", "--out", "o", "--log-every", "0"], "--log-every: 0"), (["vae", "--out", "o", "--batch", "0"], "--batch"),
     (["vae", "--out", "o", "--lr", "nan"], "--lr"), (["vae", "--out", "o", "--seed", "-1"], "--seed"),
     (["vae", "--out", "o", "--config", "[1]"], "--config"), (["vae", "--out", "o", "--hope"], "--hope")])
 def test_train_parser_refuses_in_one_line(capsys, words, says):

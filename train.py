@@ -312,17 +312,15 @@ def training_share(args, sources):
     return shares
 
 
-def held_out(args, sources, world, files):
-    """By entry of --data what no step sees: world(its function), or files(its validation share) if that holds any."""
-    drawn = {}
-    for entry, source in zip(args.data, sources):
-        if not isinstance(source, FileCache):
-            drawn[entry] = world(WORLDS[source])
-        elif (share := source.share("validation")).names:
-            drawn[entry] = files(share)
-        else:
+def held_out(args, sources):
+    """By entry of --data what no step sees: the name of a world, whose validation seeds are meant, or the validation
+    share of a folder, if that holds any."""
+    shares = {entry: source.share("validation") if isinstance(source, FileCache) else source
+              for entry, source in zip(args.data, sources)}
+    for entry, share in shares.items():
+        if isinstance(share, FileCache) and not share.names:
             print(f"{entry}: too few files for any to be held out: it is not evaluated", flush=True)
-    return drawn
+    return {entry: share for entry, share in shares.items() if not isinstance(share, FileCache) or share.names}
 
 
 # ---- Autoencoder
@@ -363,11 +361,14 @@ def train_vae(args):
         with fast_autocast(args.device):
             loss, out = vae_loss(network, batch[0])
         state.descend("vae", [loss], clip=math.inf)
-        return {"loss": loss.detach(), "psnr": psnr(out.detach() / 2, batch[0] / 2).mean()}
+        return {"loss": loss.detach(), "psnr": psnr(out.detach() / 2, batch[0] / 2).mean()}  # psnr is for a range of 1
 
-    unseen = held_out(
-        args, sources, lambda world: np.concatenate([world(VALIDATION_SEED + i, fps=5 / 3).video for i in range(80)]),
-        lambda files: files.frames(0, 240))
+    def draw(source):
+        if isinstance(source, FileCache):
+            return source.frames(0, 240)
+        return np.concatenate([WORLDS[source](VALIDATION_SEED + i, fps=5 / 3).video for i in range(80)])
+
+    unseen = {name: draw(source) for name, source in held_out(args, sources).items()}
 
     def evaluate(ema):
         figures = {}
@@ -439,10 +440,13 @@ def train_vocoder(args):
         return losses | parts | {"critic": critic.detach()}
 
     seconds, rate = 3.2, config.sample_rate
-    unseen = held_out(
-        args, sources,
-        lambda world: [world(VALIDATION_SEED + i, seconds, size=0, sample_rate=rate).audio for i in range(8)],
-        lambda files: [files.wave(i, round(seconds * rate)) for i in range(8)])
+
+    def draw(source, i):
+        if isinstance(source, FileCache):
+            return source.wave(i, round(seconds * rate))
+        return WORLDS[source](VALIDATION_SEED + i, seconds, size=0, sample_rate=rate).audio
+
+    unseen = {name: [draw(source, i) for i in range(8)] for name, source in held_out(args, sources).items()}
 
     def evaluate(ema):
         figures = {}
@@ -501,8 +505,8 @@ class PairBatches:
                 clip.sound(k / clip.fps + move_audio, c.frames / c.fps))
 
     def move(self, rng, k, clip):
-        """Seconds, within `shift` and a frame at least, by which the window at frame k is cut earlier or later, where the
-        clip goes on; less than `shift` where it goes on for less."""
+        """Seconds, within `shift` and a frame at least, by which the window at frame k is cut earlier or later, where
+        the clip goes on; less than `shift` where it goes on for less."""
         low, high = (max(x, 1 / clip.fps) for x in self.shift)
         room = k / clip.fps, (clip.T - self.config.frames - k) / clip.fps
         sides = [sign * min(high, space) for sign, space in zip((-1, 1), room) if space > low - 1e-6]
@@ -561,8 +565,8 @@ def initial_model(autoencoder, args):
     if isinstance(args.config.get("fps"), (int, float)):
         args.config.setdefault("frames", max(2, round(1.8 * args.config["fps"])))  # P: windows of 1.8 s
     if autoencoder.config.factor != 8:
-        raise ValueError(f"{args.vae}: its latents are 1/{autoencoder.config.factor} of the frames' size, the model's 1/8: "
-                         "give an autoencoder of four levels")
+        raise ValueError(f"{args.vae}: its latents are 1/{autoencoder.config.factor} of the frames' size, the model's "
+                         "1/8: give an autoencoder of four levels")
     default = CMMDConfig(latent_channels=autoencoder.config.latent_channels, **SIZES[args.size or "demo"])
     model, own = initial(CMMD, lambda path: load(path, CMMD), default, args), fingerprint(autoencoder)
     if model.config.latents not in ("", own):
@@ -577,13 +581,13 @@ def train_cmmd(args):
     autoencoder = vae.load(args.vae).to(args.device)
     model = initial_model(autoencoder, args)
     sources = open_data(args, lambda entry, cache: encoded_files(entry, cache, autoencoder, model.config, args))
-    shares = training_share(args, sources)
+    training = training_share(args, sources)
     if not args.init:
-        level = mel_level(shares, model.config, args)
+        level = mel_level(training, model.config, args)
         model.config = replace(model.config, **{key: x for key, x in level.items() if key not in args.config})
     config = model.config
     state = State({"cmmd": model}, "cmmd", args)
-    files = [cached_clips(args, x, autoencoder, config) if args.clips and isinstance(x, str) else x for x in shares]
+    files = [cached_clips(args, x, autoencoder, config) if args.clips and isinstance(x, str) else x for x in training]
     negatives = round(args.negatives * args.batch) if args.eta else 0
     batches = PairBatches(args.batch, args.seed, config, args.vae, tuple(files), negatives, tuple(args.shift))
 
@@ -602,9 +606,9 @@ def train_cmmd(args):
         pieces, parts = args.world * args.accumulate, []
 
         def losses():
-            for i in range(args.rank, pieces, args.world):  # every pieces-th sample, so that all have negatives
+            for i in range(args.rank, pieces, args.world):  # samples i, i + pieces ...: so all parts have negatives
                 own = [[x[i::pieces] for x in xs] for xs in (pair, times, noise, wrong)]
-                eta = args.eta * (pieces * len(own[3][0]) / max(1, n))  # the parts' terms add up to eta times the mean
+                eta = args.eta * (pieces * len(own[3][0]) / max(1, n))  # the parts' mean is eta times that of all n
                 loss = contrastive_loss(model, *own, eta, args.margin, args.motion[0 if first else 1])
                 parts.append([x.detach() for x in loss[1:]])
                 yield loss.total / args.accumulate
@@ -615,9 +619,8 @@ def train_cmmd(args):
                  "wrong_video": wrong_video.sum(dim=1)}
         return {name: x.mean() for name, x in parts.items() if len(x) or batch[2:]}
 
-    itself = lambda source: source
-    unseen = [HeldOut(entry, source, autoencoder, config, args.device, dict(zip(args.data, shares))[entry])
-              for entry, source in held_out(args, sources, itself, itself).items()] if args.rank == 0 else []
+    unseen = [HeldOut(entry, source, autoencoder, config, args.device, dict(zip(args.data, training))[entry])
+              for entry, source in held_out(args, sources).items()] if args.rank == 0 else []
 
     def evaluate(ema):
         figures = {}
@@ -631,8 +634,9 @@ def train_cmmd(args):
 
 
 def negatives_first(times, n, args):
-    """Times (B,) of video and audio, put in an order by which those where --negatives-at and --negatives-where allow
-    negatives come first, and how many of the first n these are. The order says nothing: clips are drawn at random."""
+    """Times (B,) of video and audio, and how many of the first n samples get negatives. The times (not the clips, of
+    which they are independent) are put in another order: those where --negatives-at and --negatives-where allow
+    negatives come first."""
     high, low = torch.maximum(*times), torch.minimum(*times)
     allowed = (high >= args.negatives_at[0]) & (high <= args.negatives_at[1])
     if args.negatives_where != "any":
@@ -655,7 +659,7 @@ class HeldOut:
             self.typical = envelope(log_mel(self.sounds(self.windows(training, 512)), config)).mean(axis=0)
         else:
             seconds, seeds = config.frames / config.fps, range(VALIDATION_SEED, VALIDATION_SEED + self.clips)
-            self.worlds = [source(seed, seconds, config.fps, config.size, config.sample_rate) for seed in seeds]
+            self.worlds = [WORLDS[source](seed, seconds, config.fps, config.size, config.sample_rate) for seed in seeds]
             windows = [(clip, 0) for clip in encode_clips(self.worlds, autoencoder)]
         self.waves = self.sounds(windows)
         self.latents = torch.stack([clip.picture(k, config.frames) for clip, k in windows]).to(device)
@@ -793,9 +797,6 @@ TRAININGS = {"vae": train_vae, "vocoder": train_vocoder, "cmmd": train_cmmd}
 
 def check(args):
     """Refuse, before any work, what cannot run."""
-    for name in ("steps", "batch", "log_every", "eval_every", "save_every"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, it must be at least 1")
     if args.init and args.size:
         raise ValueError("--init brings its own sizes; leave out --size")
     if args.batch % (args.world * args.accumulate) or (args.world > 1 and args.task != "cmmd"):
@@ -836,7 +837,7 @@ def arguments(argv):
         task = tasks.add_parser(name, formatter_class=Help)
         task.add_argument("--out", required=True, help="folder for checkpoints, logs and the trained weights")
         for key, value in recipe.items():
-            bounds = (0, 1) if key == "ema" else (0, 1e9)
+            bounds = {"ema": (0, 1), "lr": (0, 10), "warmup": (0, 10**9)}.get(key, (1, 10**9))
             task.add_argument(f"--{key}", type=number(*bounds, type(value)), default=value, help=MEANING[key])
         task.add_argument("--seed", type=SEED, default=0, help="another one, other clips, times and noise")
         task.add_argument("--config", type=json_object, default={}, help="sizes of the network, where not the "
@@ -844,11 +845,11 @@ def arguments(argv):
         task.add_argument("--init", help="weights to start from")
         task.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
         task.add_argument("--threads", type=number(1, kind=int), help="CPU threads")
-        task.add_argument("--workers", type=int, default=1, help="processes that prepare batches")
+        task.add_argument("--workers", type=number(0, 1000, int), default=1, help="processes that prepare batches")
         task.add_argument("--decay", choices=("cosine", "exponential"), default="cosine", help="of the learning rate")
         task.add_argument("--gamma", type=float, default=0.999, help="exponential decay: the factor of a step")
         for what, steps in (("log", 20), ("eval", 400), ("save", 100)):
-            task.add_argument(f"--{what}-every", type=int, default=steps, help="in steps")
+            task.add_argument(f"--{what}-every", type=number(1, kind=int), default=steps, help="in steps")
         task.add_argument("--data", nargs="+", default=["bounce"], metavar="DATA", help="in equal shares: folders of "
                           f"media files, worlds ({', '.join(WORLDS)}), aist:FOLDER:SPLIT_LIST.txt (AIST++) and "
                           "epic:FOLDER:ANNOTATIONS.csv (EPIC-Sounds); of 25 files one is held out for validation, one "
@@ -878,14 +879,15 @@ def model_arguments(task):
     task.add_argument("--vae", required=True, help="weights of the autoencoder")
     task.add_argument("--first-lesson", type=int, default=400, help="steps with one side clean")
     task.add_argument("--motion", type=number(0, 1), nargs=2, default=(0.0, 0.0), metavar="P", help="share of "
-                      "the video loss's weight that lies where the picture moves, in those steps and after")
+                      "the video loss's weight that lies where the picture moves, during the first lesson and after it")
     task.add_argument("--time-shift", type=number(0.01, 100), help="of the video's noise level where both share "
                       "one t (cmmd.levels); 1: the paper's (default: that of --init, or 1)")
     task.add_argument("--clips", type=number(0, 10**7, int), default=0,
                       help="of a world, draw so many once, into the cache, and cut windows from them; 0: "
                       "always fresh")
     task.add_argument("--eta", type=number(0), default=0.0, help="weight of Eq. 6's contrastive terms; 0: none")
-    task.add_argument("--margin", type=number(0), help="bound them: negatives worse by this are left alone")
+    task.add_argument("--margin", type=number(0), help="bound them: a negative whose loss is above its positive's by "
+                      "this is left alone")
     task.add_argument("--negatives", type=number(0, 1), default=0.25, help="share of the batch that has them")
     task.add_argument("--negatives-at", type=number(0, 1), nargs=2, default=(0.0, 1.0), metavar="T",
                       help="only from this to that noise level, of the noisier side")
@@ -896,7 +898,8 @@ def model_arguments(task):
     task.add_argument("--shift", type=number(0, 60), nargs=2, default=(0.1, 0.4), metavar="S",
                       help="how far shifts go, from and to, in seconds, but a frame at least")
     task.add_argument("--shares", type=number(0, 1), nargs=4, default=SHARES, metavar="P",
-                      help="then, shares of: one t, two, clean video, clean audio")
+                      help="after the first lesson: shares of samples with one t, with two, with a clean video, with "
+                      "a clean sound")
 
 
 @contextmanager
