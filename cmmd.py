@@ -19,7 +19,6 @@ import json
 import math
 import os
 import re
-import shutil
 import sys
 import tempfile
 import time
@@ -34,7 +33,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialize
 from torch import nn
 
 __version__ = "0.1.0"
@@ -958,7 +957,7 @@ class Windows:
 def atomic(path):
     """Yield a temporary path beside `path` to write to; rename it to `path` on success, remove it on failure.
 
-    ValueError if the folder does not exist or cannot be written."""
+    ValueError if the folder does not exist or cannot be written, or the disk is full."""
     path = Path(path)
     if not path.parent.is_dir():
         raise ValueError(f"{path}: cannot write, the folder {path.parent} does not exist; make it first")
@@ -975,6 +974,8 @@ def atomic(path):
         yield Path(name)
         os.chmod(name, 0o666 & ~umask)  # temporary files are private; outputs are ordinary ones
         os.replace(name, path)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be written ({error.strerror or error})") from None
     finally:
         Path(name).unlink(missing_ok=True)
 
@@ -988,24 +989,17 @@ def save(path: str | os.PathLike, module: nn.Module, dtype: torch.dtype | None =
 
 
 def write_tensors(path, tensors, header):
-    """Tensors by name and a header {text: text} as one safetensors file, whole or not at all; ValueError on a full
-    disk."""
+    """Tensors by name and a header {text: text} as one safetensors file, whole or not at all."""
     with atomic(path) as temporary:
-        beside = dict(prefix=f"{temporary.stem}-", suffix=temporary.suffix, dir=temporary.parent)
-        with tempfile.TemporaryDirectory(**beside) as folder:  # safetensors first writes to a name of its own
-            try:
-                save_file(tensors, Path(folder) / "tensors", metadata=header)
-            except SafetensorError as error:
-                raise ValueError(f"{path}: cannot be written ({error})") from None
-            os.replace(Path(folder) / "tensors", temporary)
+        temporary.write_bytes(serialize(tensors, header))
 
 
 def remove_unfinished(folder, pattern, age=0):
-    """Remove what killed processes left of `atomic` and `write_tensors` in a folder, begun at least `age` s ago."""
+    """Remove what killed processes left of `atomic` in a folder, begun at least `age` s ago."""
     for left in folder.glob(pattern):
         with suppress(FileNotFoundError):  # another process was writing it, and has just renamed it
             if time.time() - left.stat().st_mtime >= age:
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
+                left.unlink()
 
 
 def load(path: str | os.PathLike, cls: type[nn.Module]) -> nn.Module:

@@ -115,8 +115,8 @@ def check_output(path, types):
         raise ValueError(f"{path}: cannot write files of type {path.suffix or '(none)'!r}; use {' '.join(types)}")
     try:
         with atomic(path):
-            raise InterruptedError  # the folder takes files: leave it, and the path, as they were
-    except InterruptedError:
+            raise LookupError  # the folder takes files: leave it, and the path, as they were
+    except LookupError:
         return path
 
 

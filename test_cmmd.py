@@ -14,6 +14,7 @@ Oracles wherever possible: closed forms, independent implementations, models tha
 """
 
 import base64
+import errno
 import json
 import math
 import os
@@ -125,15 +126,12 @@ def test_cmmd_remove_unfinished_leaves_what_is_recent(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [".recent.safetensors"]
 
 
-def test_cmmd_write_tensors_writes_under_the_name_to_be(tmp_path, monkeypatch):
-    """So that what a killed process leaves is known by it; and nothing is left of a failure."""
-    def full(tensors, path, metadata):
-        assert all(name.startswith(".a-") for name in os.listdir(tmp_path)) and path.parent.parent == tmp_path
-        raise cmmd.SafetensorError("No space left on device")
-
-    monkeypatch.setattr(cmmd, "save_file", full)
-    with pytest.raises(ValueError, match="cannot be written"):
-        cmmd.write_tensors(tmp_path / "a.safetensors", {}, {})
+def test_cmmd_write_tensors_to_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
+    full = lambda path, content: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device"))
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(ValueError, match="a.safetensors: cannot be written .No space left on device") as error:
+        cmmd.write_tensors(tmp_path / "a.safetensors", {"x": torch.zeros(3)}, {})
+    one_line(error, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -3262,12 +3260,14 @@ def test_train_logs_lose_what_came_later_or_was_cut_off(tmp_path, text, kept):
 
 
 def test_train_full_disk_is_one_line_and_leaves_the_last_checkpoint(tmp_path, monkeypatch):
-    def fill(tensors, path, metadata):
-        if metadata.get("step") == "20":
-            raise train.SafetensorError("No space left on device")
-        save_file(tensors, path, metadata)
+    serialize = cmmd.serialize
 
-    monkeypatch.setattr(cmmd, "save_file", fill)
+    def fill(tensors, header):
+        if header.get("step") == "20":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return serialize(tensors, header)
+
+    monkeypatch.setattr(cmmd, "serialize", fill)
     with pytest.raises(ValueError, match="cannot be written.*No space left"):
         run_line(tmp_path)
     assert step_of(tmp_path / CHECKPOINT) == 10 and not list(tmp_path.glob(".*"))
