@@ -295,9 +295,9 @@ def open_data(args, decode):
     sources = [entry if entry in WORLDS else decode(entry, cache) for entry in args.data]
     args.files = [source.fingerprint() for source in sources if isinstance(source, FileCache)]
     if dist.is_initialized():
-        found = [None] * args.world
+        found = [None] * args.processes
         dist.all_gather_object(found, args.files)
-        if found.count(args.files) < args.world:
+        if found.count(args.files) < args.processes:
             raise ValueError("the processes could not decode the same files of --data; start again, what is there "
                              "stays")
     return sources
@@ -603,10 +603,10 @@ def train_cmmd(args):
         noise = [torch.randn_like(x) for x in pair]
         wrong = [draw_negatives(x[:n], y[:n], x[batches.other[:n]], dim, args.kinds)
                  for x, y, dim in zip(pair, shifted, (1, 2))]
-        pieces, parts = args.world * args.accumulate, []
+        pieces, parts = args.processes * args.accumulate, []
 
         def losses():
-            for i in range(args.rank, pieces, args.world):  # samples i, i + pieces ...: so all parts have negatives
+            for i in range(args.rank, pieces, args.processes):  # samples i, i + pieces ...: so all parts have negatives
                 own = [[x[i::pieces] for x in xs] for xs in (pair, times, noise, wrong)]
                 eta = args.eta * (pieces * len(own[3][0]) / max(1, n))  # the parts' mean is eta times that of all n
                 loss = contrastive_loss(model, *own, eta, args.margin, args.motion[0 if first else 1])
@@ -682,14 +682,14 @@ class HeldOut:
 
     def figures(self, model, path, steps=8):
         """How well sounds made for the pictures, and pictures made for the sounds, fit; each side's loss at t = 0.95,
-        the other clean, or clean and wrong. `path`: a PNG of the first clip over its true and its made sound."""
+        the other clean, or clean and another clip's. `path`: a PNG of a clip over its true and its made sound."""
         x, seeds = (self.latents, self.mel), range(len(self.mel))
         sounds = generate(model, x[0], steps=steps, seeds=seeds, window_batch=16)[1]
         sounds = model.denormalise(sounds).cpu().numpy()[..., : self.mel.shape[2]]
         made = generate(model, audio=x[1], frames=x[0].shape[1], steps=steps, seeds=seeds, window_batch=16)[0]
         out = self.world_figures(sounds, made) if self.worlds else self.file_figures(sounds, made)
         high, zero = (torch.full((len(seeds),), t).to(self.mel) for t in (0.95, 0.0))
-        for name, other in (("", x), ("_wrong", [y.roll(1, 0) for y in x])):
+        for name, other in (("", x), ("_of_others", [y.roll(1, 0) for y in x])):
             torch.manual_seed(0)
             noise = [torch.randn_like(y) for y in x]
             with torch.no_grad():
@@ -716,7 +716,7 @@ class HeldOut:
             at = lambda by: np.nanmean(envelope_correlation(one, np.roll(other, by, 0), typical))
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", RuntimeWarning)  # the mean of nothing, where all are still, is NaN
-                out |= {name: float(at(0)), f"{name}_wrong": float(np.mean([at(i) for i in range(1, len(one))]))}
+                out |= {name: float(at(0)), f"{name}_of_others": float(np.mean([at(i) for i in range(1, len(one))]))}
         return out
 
 
@@ -799,9 +799,9 @@ def check(args):
     """Refuse, before any work, what cannot run."""
     if args.init and args.size:
         raise ValueError("--init brings its own sizes; leave out --size")
-    if args.batch % (args.world * args.accumulate) or (args.world > 1 and args.task != "cmmd"):
-        raise ValueError(f"--batch {args.batch} for {args.world} processes and --accumulate {args.accumulate}: it must "
-                         "be a multiple of their product, and only cmmd trains in several processes")
+    if args.batch % (args.processes * args.accumulate) or (args.processes > 1 and args.task != "cmmd"):
+        raise ValueError(f"--batch {args.batch} for {args.processes} processes and --accumulate {args.accumulate}: it "
+                         "must be a multiple of their product, and only cmmd trains in several processes")
     if args.task == "cmmd":
         check_shares(args)
     usable_device(args.device)
@@ -871,8 +871,8 @@ def arguments(argv):
 
 def model_arguments(task):
     """What only the joint model's training takes."""
-    task.add_argument("--size", choices=SIZES, help="of the model: demo, 10 M parameters, unless given; base, "
-                      "121 M; --config changes either")
+    task.add_argument("--size", choices=SIZES, help="of the model, not of the pixels (--config): demo, 10 M "
+                      "parameters, unless given; base, 121 M")
     task.add_argument("--accumulate", type=number(1, kind=int), default=1, help="parts in which a batch is "
                       "computed, one after the other, to save memory")
     task.add_argument("--compile", action="store_true", help="torch.compile the model, for a GPU")
@@ -904,13 +904,13 @@ def model_arguments(task):
 
 @contextmanager
 def together(args):
-    """Join the processes that torchrun started, if any: args.rank of args.world, of which only 0 speaks and writes."""
-    args.rank, args.world, local = torchrun_place()
-    if args.world > 1 and args.device == "cuda":
+    """Join the processes that torchrun started, if any: args.rank of args.processes; only 0 speaks and writes."""
+    args.rank, args.processes, local = torchrun_place()
+    if args.processes > 1 and args.device == "cuda":
         args.device = f"cuda:{local}"
         torch.cuda.set_device(local)
     check(args)
-    if args.world == 1:
+    if args.processes == 1:
         yield
         return
     dist.init_process_group("nccl" if "cuda" in args.device else "gloo", timeout=timedelta(hours=2))
