@@ -1230,25 +1230,17 @@ def align_counts(made, true):
     return value if isinstance(value, str) else (value, 1)
 
 
-def envelope_counts(made, true, typical=None):
-    """(correlation of two envelopes (L,), less what is typical, 1), or why there is none."""
-    value = envelope_correlation(made.envelope[None], true.envelope[None], typical)[0]
-    return "constant loudness" if np.isnan(value) else (value, 1)
+def curve_counts(made, true, usual=None, constant="constant loudness"):
+    """(correlation over time of two curves (n,), as far as all go, less what is usual, 1), or why there is none."""
+    n = min(len(x) for x in (made, true, usual) if x is not None)
+    value = envelope_correlation(made[None, :n], true[None, :n], None if usual is None else usual[:n])[0]
+    return constant if np.isnan(value) else (value, 1)
 
 
 def active_counts(made, true):
     """(frames loud in both, in the made sound, in the true one): above the median level."""
     made, true = made.envelope > true.level, true.envelope > true.level
     return (made & true).sum(), made.sum(), true.sum()
-
-
-def movement_counts(made, true, usual=None):
-    """(correlation over time of the movement in two pictures, as far as both go, less what is usual, 1), or why there
-    is none."""
-    n = min(map(len, (made.movement, true.movement, true.movement if usual is None else usual)))
-    usual = None if usual is None else usual[:n]
-    value = envelope_correlation(made.movement[None, :n], true.movement[None, :n], usual)[0]
-    return "a still picture" if np.isnan(value) else (value, 1)
 
 
 def measures():
@@ -1267,12 +1259,13 @@ def measures():
     yield Measure({"CDCD beat coverage": lambda c: share(c[..., 1:]), "CDCD beat hit": lambda c: share(c[..., ::2])},
                   ("bins",) * 2, lambda a, b: (len(np.intersect1d(a.bins, b.bins)), len(a.bins), len(b.bins)))
     yield Measure({"AV-Align": share}, ("sound_peaks", "motion_peaks"), align_counts)
-    yield Measure({"envelope correlation": share}, envelopes, envelope_counts)
-    yield Measure({"envelope correlation, residual": share}, envelopes, lambda a, b: envelope_counts(a, b, b.typical))
+    loudness = lambda a, b, *usual: curve_counts(a.envelope, b.envelope, *usual)
+    yield Measure({"envelope correlation": share}, envelopes, loudness)
+    yield Measure({"envelope correlation, residual": share}, envelopes, lambda a, b: loudness(a, b, b.typical))
     yield Measure({"activity F1": lambda c: scores(c).f1}, envelopes, active_counts)
-    moves = ("movement",) * 2
-    yield Measure({"movement correlation": share}, moves, movement_counts)
-    yield Measure({"movement correlation, residual": share}, moves, lambda a, b: movement_counts(a, b, b.usual))
+    moves = lambda a, b, usual=None: curve_counts(a.movement, b.movement, usual, "a still picture")
+    yield Measure({"movement correlation": share}, ("movement",) * 2, moves)
+    yield Measure({"movement correlation, residual": share}, ("movement",) * 2, lambda a, b: moves(a, b, b.usual))
 
 
 def pair_rows(measure, clips):

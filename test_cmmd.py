@@ -3815,10 +3815,11 @@ def test_evaluate_activity_and_movement(tmp_path):
     true = heard(envelope=np.array([0.0, 1.0, 2.0, 3.0]), level=1.5, movement=np.array([0.0, 1.0, 0.0, 2.0, 5.0]))
     made = heard(envelope=np.array([0.0, 2.0, 2.0, 0.0]), movement=np.array([1.0, 2.0, 1.0, 3.0]))
     assert evaluate.active_counts(made, true) == (1, 2, 2)
-    assert evaluate.movement_counts(made, true) == (pytest.approx(1), 1)
-    assert evaluate.movement_counts(made._replace(movement=np.ones(4)), true) == "a still picture"
+    count = lambda *curves: evaluate.curve_counts(*curves, constant="a still picture")
+    assert count(made.movement, true.movement) == (pytest.approx(1), 1)
+    assert count(np.ones(4), true.movement) == "a still picture"
     for usual in ([0.0, 1.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0, 3.0]):  # as long as what is made, or longer
-        assert evaluate.movement_counts(made, true, np.array(usual)) == (pytest.approx(1), 1)
+        assert count(made.movement, true.movement, np.array(usual)) == (pytest.approx(1), 1)
     video = np.zeros((50, 96, 96, 3), np.uint8)
     video[::2, :40] = 255  # the upper part flickers
     video[20:, 60:80, 40:56] = 255
