@@ -187,22 +187,31 @@ def _together(requests, given):
         yield from [made] * len(given)
         return
     given = [one._replace(latents=None, mel=None) for one in given]  # 20 kB for each second, no longer needed
-    for one, *x in zip(given, *(x.split(1) for x in made)):
-        yield _attempt(_decoded, one, *x, models, tell)
+    latents, mel = made
+    drawn = [one._replace(frames=_picture_of(one, x, models, tell)) for one, x in zip(given, latents.split(1))]
+    del made, latents
+    mel = models.cmmd.denormalise(mel)
+    for one, x in zip(drawn, mel.split(1)):
+        yield _attempt(_with_sound, one, x, models)
 
 
-def _decoded(given, latents, mel, models, tell):
-    """The clip of what was given and of the latents (1, T, C, H, W) and mel (1, M, L) that were made."""
-    frames, wave, config = given.frames, given.wave, models.cmmd.config
-    if frames is None or given.stretches[0]:
-        frames = _on_disk(_drawn(latents, models.vae, frames, given.keep[0]), np.uint8, (config.size, config.size, 3),
-                          lambda done: tell("drawing", done, given.T))
+def _picture_of(given, latents, models, tell):
+    """The frames of a clip: those given, or, where any are made, those of latents (1, T, C, H, W)."""
+    if given.frames is not None and not given.stretches[0]:
+        return given.frames
+    chunks, size = _drawn(latents, models.vae, given.frames, given.keep[0]), models.cmmd.config.size
+    return _on_disk(chunks, np.uint8, (size, size, 3), lambda done: tell("drawing", done, given.T))
+
+
+def _with_sound(given, mel, models):
+    """The clip with the sound that was given, or, where any is made, that of a log mel (1, M, L)."""
+    wave, config = given.wave, models.cmmd.config
     if wave is None or given.stretches[1]:
-        sounding = _sounding(models.cmmd.denormalise(mel), models.vocoder, wave, given.stretches[1])
+        sounding = _sounding(mel, models.vocoder, wave, given.stretches[1])
         wave = _on_disk(sounding, np.float32)[: max(1, round(given.seconds * config.sample_rate))]
     else:
         wave = _on_disk([wave], np.float32)  # a copy: the caller may change it, and keep what was given
-    return Clip(frames, wave, config.fps, config.sample_rate, given.source)
+    return Clip(given.frames, wave, config.fps, config.sample_rate, given.source)
 
 
 def _silent(what, done, of):
