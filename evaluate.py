@@ -1230,10 +1230,10 @@ def align_counts(made, true):
     return value if isinstance(value, str) else (value, 1)
 
 
-def curve_counts(made, true, usual=None, constant="constant loudness"):
+def curve_counts(made, true, usual=0.0, constant="constant loudness"):
     """(correlation over time of two curves (n,), as far as all go, less what is usual, 1), or why there is none."""
-    n = min(len(x) for x in (made, true, usual) if x is not None)
-    value = envelope_correlation(made[None, :n], true[None, :n], None if usual is None else usual[:n])[0]
+    n = min(len(x) for x in (made, true, usual) if np.ndim(x))
+    value = envelope_correlation(made[None, :n], true[None, :n], usual[:n] if np.ndim(usual) else usual)[0]
     return constant if np.isnan(value) else (value, 1)
 
 
@@ -1263,7 +1263,7 @@ def measures():
     yield Measure({"envelope correlation": share}, envelopes, loudness)
     yield Measure({"envelope correlation, residual": share}, envelopes, lambda a, b: loudness(a, b, b.typical))
     yield Measure({"activity F1": lambda c: scores(c).f1}, envelopes, active_counts)
-    moves = lambda a, b, usual=None: curve_counts(a.movement, b.movement, usual, "a still picture")
+    moves = lambda a, b, usual=0.0: curve_counts(a.movement, b.movement, usual, "a still picture")
     yield Measure({"movement correlation": share}, ("movement",) * 2, moves)
     yield Measure({"movement correlation, residual": share}, ("movement",) * 2, lambda a, b: moves(a, b, b.usual))
 
