@@ -109,6 +109,17 @@ def write_result(path, result):
             rows.writerows(result["rows"])
 
 
+def read_result(path):
+    """What `write_result` wrote as .json. ValueError for any other file."""
+    try:
+        result = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}); give a result that --out wrote") from None
+    if not isinstance(result, dict) or "rows" not in result:
+        raise ValueError(f"{path}: has no rows; give a result that --out wrote")
+    return result
+
+
 def finite(result):
     """The same, with None (JSON's null) for every NaN and infinity."""
     if isinstance(result, dict):
@@ -671,7 +682,7 @@ def worlds_table(result):
 def compare(args):
     """The command `compare`: two results of `worlds`, or of `folders`, for the same clips, by a paired test over clips:
     the first's figures less the second's."""
-    one, other = results = [json.loads(Path(path).read_text()) for path in args.results]
+    one, other = results = [read_result(path) for path in args.results]
     tables = [single_counts(path, result) for path, result in zip(args.results, results)]
     if any(one.get(key) != other.get(key) for key in ("seeds", "seconds", "world", "make", "names")):
         raise ValueError(f"{args.results[1]}: has other clips than {args.results[0]}; make both of the same clips")
@@ -697,7 +708,7 @@ def single_counts(path, result):
     for row in result["rows"]:
         if "counts" in row:  # of `folders`
             found[row["metric"]] = statistics[row["metric"]], row["counts"]
-        elif "counts_50" in row and not row["name"].startswith("true"):
+        elif "counts_50" in row and not row.get("name", "true").startswith("true"):
             for ms in (50, 100):
                 found[f"{row['name']}, F1 ±{ms} ms"] = (lambda c: scores(c).f1), row[f"counts_{ms}"]
     if not found:
@@ -1428,7 +1439,7 @@ def draw_fad(drawing, files):
     """Fig. 4: FAD per sample as boxes with whiskers of 1.5 interquartile ranges, per set as x; the truth first."""
     names, boxes, sets = ["truth"], [], []
     for path in files:
-        fad = json.loads(Path(path).read_text()).get("fad")
+        fad = read_result(path).get("fad")
         if not fad or not fad["samples"]:
             raise ValueError(f"{path}: holds no FAD per sample; make it with: folders ... --embedding E --out {path}")
         boxes, sets = boxes or [fad["truth_samples"]], sets or [fad["ceiling"]]
@@ -1458,7 +1469,7 @@ def draw_steps(drawing, files):
     """F1 ±50 ms of results of `worlds` by their steps, a line for each way of sampling; the chain ceiling above."""
     axis, lines = drawing.subplots(), {}
     for path in files:
-        result = json.loads(Path(path).read_text())
+        result = read_result(path)
         if "settings" not in result or "steps" not in result["rows"][-1]:
             raise ValueError(f"{path}: no result of worlds; make it with: worlds ... --steps N --out {path}")
         for row in result["rows"][2:]:

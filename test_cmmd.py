@@ -4240,6 +4240,15 @@ def test_evaluate_fad_of_kitchen_sounds_grows_with_their_damage():
     assert 3.5 < half < 6.5 and 15 < noisy < 30 and 45 < white < 80  # measured: 4.7, 23, 67
 
 
+@pytest.mark.parametrize("text, says", [("# notes", "not JSON"), ("[]", "has no rows"), ('{"a": 1}', "has no rows"),
+                                        ('{"rows": [{"sound": "clean", "counts_50": [[1, 1, 1]]}]}', "make it anew")])
+def test_evaluate_results_of_another_kind_are_refused_in_one_line(tmp_path, capsys, text, says):
+    (tmp_path / "a.json").write_text(text)
+    assert evaluate.main(["compare", str(tmp_path / "a.json"), str(tmp_path / "a.json")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "a.json: " in error and says in error
+
+
 def test_evaluate_compare_pairs_clips(tmp_path, capsys):
     """Perfect sounds against sounds 70 ms late: all of F1 at 50 ms, nothing at 100; other seeds are refused."""
     times = [bounce(seed, size=0).times for seed in range(20)]
