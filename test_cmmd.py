@@ -4089,9 +4089,9 @@ def test_evaluate_figures_are_drawn(clip_folders, tmp_path, capsys):
     for colour in ((0, 1, 0), (1, 0, 0)):
         assert (np.abs(image - colour).max(-1) < 0.02).sum() > 50
     fad = {"set": 1.0, "ceiling": 0.5, "samples": [1.0, 2.0, 3.0], "truth_samples": [0.5, 0.6, 0.7]}
-    (tmp_path / "ours.json").write_text(json.dumps({"fad": fad}))
+    (tmp_path / "ours.json").write_text(json.dumps({"fad": fad, "rows": []}))
     assert evaluate.main(["figure", "4", str(two), str(tmp_path / "ours.json")]) == 0 and two.stat().st_size > 5000
-    (tmp_path / "none.json").write_text("{}")
+    (tmp_path / "none.json").write_text("{\"rows\": []}")
     assert evaluate.main(["figure", "4", str(two), str(tmp_path / "none.json")]) == 2
     assert "--embedding" in capsys.readouterr().err
 
