@@ -643,8 +643,8 @@ GUIDED = 0.5  # "clean" guides at noise levels above this: what is late are deta
 
 
 def default_guidance(condition, given):
-    """The guidance where none is asked for: 1 of "guide" (Eq. 3); 2 of "clean" for pictures of sounds,
-    which otherwise follow them too little (measured: README); else 0."""
+    """The guidance where none is asked for: 1 of "guide" (Eq. 3); 2 of "clean" for pictures of sounds, which otherwise
+    follow them too little (measured: README); else 0."""
     return {"guide": 1.0, "clean": 2.0 if given == 1 else 0.0}.get(condition, 0.0)
 
 

@@ -39,7 +39,7 @@ WEIGHTS = Path(__file__).resolve().parent / "weights"
 SHORTEST, LONGEST = 0.01, 7_200  # seconds that may be asked for
 IN_MEMORY = 2**24  # bytes of frames or of a wave; what is more waits in a file
 CHUNK = 64  # frames that are read, encoded or decoded at once
-TOGETHER = 144  # frames of short clips that go through the model at once: 8 windows of 1.8 s at 10 fps
+TOGETHER = 8  # windows of short clips that go through the model at once
 FADE = 0.01  # s; kept sound goes over into made sound within its last and first 10 ms
 DEMO_SEED, DEMO_SECONDS = 7, 3.6
 
@@ -118,7 +118,7 @@ def _made(requests):
     equally long go through the model together, as many as fill one batch of its windows."""
     read = ((request, _attempt(_read, **request)) for request in requests)
     for shape, group in itertools.groupby(read, lambda pair: _shape(pair[1])):
-        most = max(1, TOGETHER // shape[0]) if shape else 1
+        most = max(1, TOGETHER * requests[0]["models"].cmmd.config.frames // shape[0]) if shape else 1
         while part := list(itertools.islice(group, most)):
             yield from _together(*zip(*part)) if shape else (part[0][1],)
 
@@ -188,19 +188,20 @@ def _together(requests, given):
         return
     given = [one._replace(latents=None, mel=None) for one in given]  # 20 kB for each second, no longer needed
     latents, mel = made
-    drawn = [one._replace(frames=_picture_of(one, x, models, tell)) for one, x in zip(given, latents.split(1))]
+    drawn = [_attempt(_with_picture, one, x, models, tell) for one, x in zip(given, latents.split(1))]
     del made, latents
     mel = models.cmmd.denormalise(mel)
     for one, x in zip(drawn, mel.split(1)):
-        yield _attempt(_with_sound, one, x, models)
+        yield one if isinstance(one, Exception) else _attempt(_with_sound, one, x, models)
 
 
-def _picture_of(given, latents, models, tell):
-    """The frames of a clip: those given, or, where any are made, those of latents (1, T, C, H, W)."""
+def _with_picture(given, latents, models, tell):
+    """What is given, with the frames that were, or, where any are made, those of latents (1, T, C, H, W)."""
     if given.frames is not None and not given.stretches[0]:
-        return given.frames
+        return given
     chunks, size = _drawn(latents, models.vae, given.frames, given.keep[0]), models.cmmd.config.size
-    return _on_disk(chunks, np.uint8, (size, size, 3), lambda done: tell("drawing", done, given.T))
+    frames = _on_disk(chunks, np.uint8, (size, size, 3), lambda done: tell("drawing", done, given.T))
+    return given._replace(frames=frames)
 
 
 def _with_sound(given, mel, models):
@@ -637,13 +638,16 @@ def _make(parser, args):
     requests, paths = [], []
 
     def ask(video, audio, output):
-        for k, path in enumerate(_draws(output, args.draws)):
-            if args.skip_existing and path.exists():
+        wanted = dict(enumerate(_draws(output, args.draws), args.seed))  # by seed
+        for seed, path in list(wanted.items()) if args.skip_existing else ():
+            if path.exists():
                 print(f"{path}: is already there", flush=True)
-                continue
+                del wanted[seed]
+        if wanted:  # the highest seed stands for all
             request = settings | {"video": video, "audio": audio, "fps": None, "sample_rate": None}
-            requests.append(_checked(request | {"seed": args.seed + k}))
-            paths.append(path)
+            request = _checked(request | {"seed": max(wanted)})
+            requests.extend(request | {"seed": seed} for seed in wanted)
+            paths.extend(wanted.values())
 
     asked = [parser.run(ask, *job) for job in jobs[rank::ranks]]  # what is wrong is told before work begins
     done = [parser.run(_write, *one) for one in zip(_made(requests), paths)]

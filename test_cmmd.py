@@ -2584,6 +2584,10 @@ def test_sample_takes_clips_of_one_length_together_and_tells_which_fails(tmp_pat
     assert capsys.readouterr().err.count("all: torn") == 2
     with pytest.raises(ValueError, match="torn"):
         sample(files[::2], models=models)
+    monkeypatch.setattr(door, "generate", generate)
+    monkeypatch.setattr(door, "_drawn", lambda *a: refuse("frames"))  # of each draw, though they are made together
+    assert door.main(["--seconds", "1", "--steps", "1", "--draws", "2", "-o", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.count("frames: torn") == 2
 
 
 def test_sample_clip_shows_itself_in_a_notebook(tmp_path, models):
