@@ -1,21 +1,22 @@
 """Measurements: scores against known events, and the speed of the whole chain.
 
 In reading order
-    matching and scores    match, Score, scores, chance, bootstrap
+    matching and scores    match, scores of counts, bootstrap
     onsets                 onset_flux, onsets: the detector, the same for true and for made sounds
-    pitch                  pitch_templates, pitch_kind: which ball a sound belongs to
+    pitch                  pitch_kind: which ball a sound belongs to; impacts: all that is heard of them
     events in pictures     picture_events: impacts of balls and beats of a dance, seen in true or made frames
     envelopes              envelope, envelope_correlation (plain and residual)
     pictures and vocoders  psnr, bicubic_baseline, vocoder_quality
+    heard and seen         rhythm, motion, av_align, hear: all that is measured of one clip
+    scores of pairs        measures: every score of clips (Table 2); pair_rows: with interval, chance and ceiling
+    distances between sets frechet, kernel_distance; video_rows (Table 1), audio_distances
     worlds                 held-out clips with known events in every direction: what is made, heard and seen; variety
     right and wrong pairs  pairs: the loss of true, shifted and swapped sounds by noise level, and retrieval
-    speed                  seconds by stage, and peak memory, in a fresh process per length
-    distances between sets frechet, kernel_distance; video_rows (Table 1), audio_distances
-    heard and seen         rhythm, motion, av_align, hear: all that is measured of one clip
-    folders of clips       match_folders, listen; measures: every score of pairs (Table 2); folders
+    folders of clips       match_folders, listen, folders: clips of any model against the true ones
     figures                the paper's Fig. 2 and 4; how Eq. 6 trained, frames of clips, F1 by steps
     the user study         study_make: the rating page; study_read: MOS, Fig. 5, signed_rank, holm
     vocoder                how near to true sounds vocoders come, over folders of files, beside Griffin-Lim
+    speed                  seconds by stage, and peak memory, in a fresh process per length
     ports                  our VAE, vocoder and mel beside the originals: time and memory
     bench                  the model's passes and training steps beside MM-Diffusion's: time, FLOPs, memory
     command line           python evaluate.py worlds | compare | pairs | folders ... (--help)
@@ -24,24 +25,26 @@ Letters: B batch, T video frames, C channels, H W latent height and width, M mel
 N clips, K kinds of ball. Times are seconds. Every score of clips is printed beside its chance level, its ceiling and n.
 """
 
-import argparse
 import base64
 import contextlib
 import csv
+import ctypes
 import functools
 import hashlib
 import importlib.util
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import platform
-import subprocess
 import sys
 import tempfile
 import time
 import warnings
 from collections import Counter, namedtuple
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -164,6 +167,12 @@ def event_counts(found, true, tolerance):
     return np.array([(len(match(f, t, tolerance)), len(f), len(t)) for f, t in zip(found, true)]).reshape(-1, 3)
 
 
+def kind_counts(found, true, tolerance=TOLERANCES[0]):
+    """Of the Events of one clip (right, matched): how many of those matched are of the right kind."""
+    pairs = match(found.times, true.times, tolerance)
+    return sum(int(found.kinds[i] == true.kinds[j]) for i, j in pairs), len(pairs)
+
+
 def scores(counts):
     """Counts (..., 3) of (matched, found, true), pooled over clips -> Score of F1, precision, recall; 0/0 is NaN."""
     matched, found, true = np.moveaxis(np.asarray(counts, dtype=np.float64), -1, 0)
@@ -171,16 +180,10 @@ def scores(counts):
         return Score(2 * matched / (found + true), matched / found, matched / true)
 
 
-def chance(found, true, tolerance):
-    """Score of the same outputs against the events of every other clip.
-
-    Pooling all pairs is the average of the pooled scores over the N - 1 ways to rotate the clips.
-    """
-    if len(found) < 2:
-        raise ValueError("chance needs at least two clips")
-    pairs = [(len(match(f, t, tolerance)), len(f), len(t))
-             for i, f in enumerate(found) for j, t in enumerate(true) if i != j]
-    return scores(np.sum(pairs, axis=0))
+def share(counts):
+    """Pooled (..., 2) of (right, all) -> right / all; NaN where all is 0."""
+    right, total = np.moveaxis(np.asarray(counts, dtype=np.float64), -1, 0)
+    return np.divide(right, total, out=np.full_like(total, np.nan), where=total != 0)
 
 
 def bootstrap(counts, statistic, draws=2000, seed=0):
@@ -229,20 +232,19 @@ def pitch_kind(mel, onset, hop_seconds, templates):
     return int(np.argmax(templates @ np.maximum(after - before, 0)))
 
 
-def pitch_counts(mels, found, clips, hop_seconds, templates, tolerance=TOLERANCES[0]):
-    """Per clip (right, matched): how many matched onsets sound with the pitch of the ball they match: (N, 2)."""
-    rows = []
-    for mel, times, clip in zip(mels, found, clips):
-        pairs = match(times, clip.times, tolerance)
-        right = [pitch_kind(mel, times[i], hop_seconds, templates) == clip.kinds[j] for i, j in pairs]
-        rows.append((sum(right), len(pairs)))
-    return np.array(rows).reshape(-1, 2)
+def impacts(mels, config):
+    """What is heard in log10 mels (N, M, L) -> Events of each: the onsets, and whose pitch they have."""
+    hop, templates = config.hop / config.sample_rate, pitch_templates(config)
+    times = [onsets(mel, hop) for mel in mels]
+    return [Events(found, [pitch_kind(mel, time, hop, templates) for time in found]) for mel, found in zip(mels, times)]
 
 
-def share(counts):
-    """Pooled (..., 2) of (right, all) -> right / all; NaN where all is 0."""
-    right, total = np.moveaxis(np.asarray(counts, dtype=np.float64), -1, 0)
-    return np.divide(right, total, out=np.full_like(total, np.nan), where=total != 0)
+def sound_scores(mels, clips, config):
+    """Of log10 mels (N, M, L) made for N world clips: onset F1 at 50 and 100 ms, share of matched onsets in pitch."""
+    found, true = impacts(mels, config), [clip.times for clip in clips]
+    counts = {tol: event_counts([events.times for events in found], true, tol) for tol in TOLERANCES}
+    figures = {f"f1_{round(tol * 1000)}": float(scores(each.sum(0)).f1) for tol, each in counts.items()}
+    return figures | {"pitch": float(share(sum_of([*map(kind_counts, found, clips)])))}
 
 
 # ---------------------------------------------------------------- events in pictures
@@ -385,505 +387,243 @@ def vocoder_quality(made, true, config):
     return {"mel_l1": float(mel_l1), "stft": float(torch.cat(distances).mean())}
 
 
-# ---------------------------------------------------------------- worlds
+# ---------------------------------------------------------------- what is heard and seen in a clip
 
-def through_video_file(clip, folder):
-    """The clip's frames (T, H, W, 3) uint8 as a viewer gets them: written to an mp4 file and read back."""
-    path = Path(folder) / "clip.mp4"
-    write_clip(path, clip.video, fps=clip.fps)
-    return read_video(path, fps=clip.fps, size=clip.video.shape[1])
+FPS = 10
+MUSIC_RATE = 22050  # Hz, librosa's default, which the beat tracker's settings are made for
+BEAT_SECONDS = 3.6  # s; on less the tracker errs by up to 254 ms even on a click track
+STILL = 0.1  # px, mean flow below which nothing moves
+SAME_LENGTH = 0.1  # s by which a clip and its truth may differ
 
-
-def through_wav_file(waves, sample_rate, folder):
-    """Waves (B, S) in [-1, 1] as a listener gets them: written to 16-bit wav files and read back."""
-    import soundfile
-    path, back = Path(folder) / "clip.wav", []
-    for wave in waves:
-        write_clip(path, audio=wave.numpy(), sample_rate=sample_rate)
-        back.append(torch.from_numpy(soundfile.read(path, dtype="float32")[0]))
-    return torch.stack(back)
+# Of one clip: onset times (s), envelope (L,), beat times, seconds that hold an onset, times of AV-Align's peaks in
+# sound and picture, embeddings (n, D), movement (T - 1,), the envelope to be expected, the level above which there is
+# activity, the movement to be expected. Where there is none, a string says why.
+Heard = namedtuple("Heard", "onsets envelope beats bins sound_peaks motion_peaks embedding movement typical level "
+                            "usual", defaults=("not measured",) * 7 + ("no picture", 0, 0, 0))
+Pair = namedtuple("Pair", "name generated reference")  # paths of K draws and of the truth
 
 
-def batches(items, size):
-    """Slices of `items`, `size` long; the last may be shorter."""
-    return (items[i:i + size] for i in range(0, len(items), size))
+def extra(name):
+    """Import a package of the `eval` extra, or say in one line what to install."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        package = {"cv2": "opencv-python-headless"}.get(name, name.partition(".")[0])
+        raise ImportError(f"{package} is not installed: pip install {package}") from None
 
 
-def sound_scores(mels, clips, config):
-    """Of log10 mels (N, M, L) made for N world clips: onset F1 at 50 and 100 ms, share of matched onsets in pitch."""
-    hop = config.hop / config.sample_rate
-    found, true = [onsets(mel, hop) for mel in mels], [clip.times for clip in clips]
-    figures = {f"f1_{round(tol * 1000)}": float(scores(event_counts(found, true, tol).sum(0)).f1) for tol in TOLERANCES}
-    return figures | {"pitch": float(share(pitch_counts(mels, found, clips, hop, pitch_templates(config)).sum(0)))}
+def rhythm(wave, rate=16000):
+    """Wave (S,) -> librosa's beats (s), the seconds that hold an onset, onsets as AV-Align takes them (s)."""
+    try:
+        librosa = extra("librosa")
+    except ImportError as error:
+        return (str(error),) * 3
+    y = librosa.resample(wave, orig_sr=rate, target_sr=MUSIC_RATE)
+    beats = "shorter than 3.6 s"
+    if len(wave) >= (BEAT_SECONDS - 0.05) * rate:
+        beats = librosa.beat.beat_track(y=y, sr=MUSIC_RATE, units="time")[1]
+    strength = librosa.onset.onset_strength(y=y, sr=MUSIC_RATE)
+    detect = functools.partial(librosa.onset.onset_detect, onset_envelope=strength, sr=MUSIC_RATE, units="time")
+    bins = np.unique(detect(wait=1, delta=0.2, pre_avg=1, post_avg=1, post_max=1).astype(int))
+    return beats, bins, detect()
 
 
-def event_row(found, true):
-    """F1, precision, recall, interval, chance and each clip's counts at each tolerance, of lists of N arrays of times
-    -> dict."""
-    row = {}
-    for tolerance in TOLERANCES:
-        counts, ms = event_counts(found, true, tolerance), round(tolerance * 1000)
-        for key, value in scores(counts.sum(0))._asdict().items():
-            row[f"{key}_{ms}"] = float(value)
-        row[f"interval_{ms}"] = bootstrap(counts, lambda pooled: scores(pooled).f1)
-        row[f"chance_{ms}"] = float(chance(found, true, tolerance).f1)
-        row[f"counts_{ms}"] = counts.tolist()
-    return row
+def motion(path, seconds=None, size=128):
+    """Times (s) at which the mean optical flow of a file's picture peaks; a string where there is no telling."""
+    try:
+        cv2 = extra("cv2")
+        video = read_video(path, fps=FPS, size=size, seconds=seconds)
+    except (ImportError, ValueError) as error:
+        return str(error)
+    grey = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in video]
+    flows = (cv2.calcOpticalFlowFarneback(*pair, None, 0.5, 3, 15, 3, 5, 1.2, 0) for pair in zip(grey, grey[1:]))
+    return flow_peaks([float(np.linalg.norm(flow, axis=2).mean()) for flow in flows]) / FPS
 
 
-class Worlds:
-    """Held-out clips of a world, encoded once; all that is made of them, in any direction, is scored by one `row`.
-
-    make: "sound" (for their pictures), "picture" (for their sounds) or "both" (from nothing but as many seeds)."""
-
-    def __init__(self, models, name, make, seeds, seconds, batch, folder, embed=None):
-        self.models, self.name, self.make = models, name, make
-        self.seeds, self.batch, self.folder, self.embed = seeds, batch, folder, embed
-        self.device = next(models.cmmd.parameters()).device
-        c = models.cmmd.config
-        self.fps, self.config = c.fps, models.vocoder.config
-        self.clips = [WORLDS[name](seed, seconds, c.fps, c.size, c.sample_rate) for seed in seeds]
-        self.hop_seconds = self.config.hop / self.config.sample_rate
-        self.true = torch.from_numpy(np.stack([clip.audio for clip in self.clips]))  # (N, S)
-        self.true_fit = self.fit(self.true) if embed else None
-        # the true sounds' log mel (N, M, L), with as many frames as the model makes for the clip
-        self.mel = log_mel(torch.nn.functional.pad(self.true, (0, -self.true.shape[1] % self.config.hop)), self.config)
-        self.templates = pitch_templates(self.config)
-        self.encode()
-
-    @torch.no_grad()
-    def encode(self):
-        """Video files -> latents (N, T, C, H, W) on the CPU, and PSNR per frame of the VAE and of the baseline."""
-        latents, own, bicubic = [], [], []
-        for clips in batches(self.clips, self.batch):
-            frames = to_frames(np.stack([through_video_file(clip, self.folder) for clip in clips]))
-            latents.append(self.models.vae.encode(frames.to(self.device)).cpu())
-            back = self.models.vae.decode(latents[-1].to(self.device)).cpu().clamp(-1, 1)
-            true = (frames.flatten(0, 1) + 1) / 2  # (B, T, 3, H, W) -> (B*T, 3, H, W) in [0, 1]
-            own.append(psnr((back.flatten(0, 1) + 1) / 2, true))
-            bicubic.append(psnr(bicubic_baseline(true), true))
-        self.latents = torch.cat(latents)
-        self.psnr, self.psnr_bicubic = float(torch.cat(own).mean()), float(torch.cat(bicubic).mean())
-
-    def draw(self, latents):
-        """Latents (N, T, C, H, W) -> N videos uint8 (T, H, W, 3)."""
-        return [to_uint8(self.models.vae.decode(one[None].to(self.device)))[0] for one in latents]
-
-    @torch.no_grad()
-    def vocode(self, mel):
-        """Log mel (N, M, L) -> waves (N, S) of the clips' exact length, through 16-bit wav files."""
-        waves = [self.models.vocoder.decode(part.to(self.device)).cpu() for part in batches(mel, self.batch)]
-        return through_wav_file(torch.cat(waves)[:, :self.true.shape[1]], self.config.sample_rate, self.folder)
-
-    def generate(self, **settings):
-        """What the model makes -> latents (N, T, C, H, W) and log mel (N, M, L); settings go to `cmmd.generate`."""
-        model, made = self.models.cmmd, []
-        for latents, mel, seeds in zip(*(batches(x, self.batch) for x in (self.latents, self.mel, self.seeds))):
-            video = latents if self.make == "sound" else None
-            audio = model.normalise(mel) if self.make == "picture" else None
-            x = generate(model, video, audio, latents.shape[1], seeds=tuple(seeds), **settings)
-            made.append([x[0].cpu(), model.denormalise(x[1]).cpu()])
-        return [torch.cat(parts) for parts in zip(*made)]
-
-    def heard(self, waves):
-        """Times of what is heard in waves (N, S), one array each: impacts in `bounce`, beats by librosa in `dance`."""
-        if self.name == "dance":
-            return [rhythm(wave.numpy(), self.config.sample_rate)[0] for wave in waves]
-        return [onsets(mel, self.hop_seconds) for mel in log_mel(waves, self.config).numpy()]
-
-    def fit(self, waves):
-        """Waves (N, S) -> `gaussian` of what `embed` makes of them, one after the other (n, D)."""
-        return gaussian(np.concatenate([self.embed(None, wave.numpy()) for wave in waves]))
-
-    def row(self, name, videos, waves):
-        """Scores of N videos or waves (N, S) against the true events, or of the two against each other: a dict."""
-        if self.make == "picture":
-            return picture_row(name, videos, self.clips, self.name)
-        both = self.make == "both"
-        clips = [picture_events(video, self.fps, self.name) for video in videos] if both else self.clips
-        found = self.heard(waves)
-        row = {"name": name} | event_row(found, [clip.times for clip in clips])
-        if self.embed:
-            row["frechet"] = frechet(self.fit(waves), self.true_fit)
-        if self.name == "bounce":
-            mels = log_mel(waves, self.config).numpy()
-            counts = pitch_counts(mels, found, clips, self.hop_seconds, self.templates)
-            row.update(pitch=float(share(counts.sum(0))), pitch_interval=bootstrap(counts, share))
-            row["pitch_n"] = int(counts[:, 1].sum())
-        return row | {"onsets": [times.round(4).tolist() for times in found]}
-
-    def ceilings(self):
-        """Rows of the truth, as it is and through the networks that anything made goes through."""
-        through = {"sound": "mel and vocoder", "picture": "the VAE", "both": "VAE, mel and vocoder"}[self.make]
-        yield self.row("true (raw ceiling)", [clip.video for clip in self.clips], self.true)
-        yield self.scored(f"true, through {through} (chain ceiling)", self.latents, self.mel)
-
-    def scored(self, name, latents, mel):
-        """The row of latents (N, T, C, H, W) and log mel (N, M, L), of which only what counts is decoded."""
-        return self.row(name, None if self.make == "sound" else self.draw(latents),
-                        None if self.make == "picture" else self.vocode(mel))
-
-    def spread(self, latents, mel):
-        """How varied N clips are: distances (root mean square) of any two, kinds, counts and tempi seen -> dict."""
-        videos, figures = self.draw(latents), {}
-        seen = [picture_events(video, self.fps, self.name) for video in videos]
-        for side, x in (("pictures", latents), ("sounds", self.models.cmmd.normalise(mel))):
-            apart = torch.pdist(x.flatten(1).double()) / math.sqrt(x[0].numel())
-            figures[f"distance of two {side}: least, median"] = [float(apart.min()), float(apart.median())]
-        count = Counter(kind for events in seen for kind in events.kinds.tolist())
-        figures["share of each kind"] = [count[kind] / max(1, count.total()) for kind in range(len(KIND_HUE))]
-        values = {"events a clip": [len(events.times) for events in seen]}
-        if self.name == "bounce":
-            radii = np.concatenate([balls(video.astype(np.float32) / 255)[1] for video in videos])
-            values["ball radius"] = [np.nanmedian(radius) for radius in radii if np.isfinite(radius).any()]
-        else:
-            values["tempo"] = [60 / np.diff(events.times).mean() for events in seen if len(events.times) > 1]
-        for what, x in values.items():
-            spread = (np.mean, np.std, np.min, np.max) if x else ()
-            figures[f"{what}: mean, deviation, range"] = [float(function(x)) for function in spread]
-        return figures
-
-    def quality(self):
-        """PSNR of the VAE beside bicubic, and the vocoder on the true sounds beside Griffin-Lim."""
-        length = self.true.shape[1]
-        slow = torch.cat([griffin_lim(part, self.config) for part in batches(self.mel, self.batch)])[:, :length]
-        return {"vae_psnr": self.psnr, "bicubic_psnr": self.psnr_bicubic,
-                "vocoder": vocoder_quality(self.vocode(self.mel), self.true, self.config),
-                "griffin_lim": vocoder_quality(slow, self.true, self.config)}
-
-
-def worlds(args):
-    """The command `worlds`: print, and with --out write, the table over held-out clips."""
-    check_seeds(args)
-    if args.world == "dance" and args.make != "picture":
-        if args.seconds < BEAT_SECONDS:
-            raise ValueError(f"--seconds {args.seconds:g}: beats in sounds are tracked in {BEAT_SECONDS} s or more")
-        extra("librosa")
-    embed = embedder(args.embedding) if args.embedding else None
-    models = load_models(args.weights, args.device)
-    settings = {key: getattr(args, key) for key in ("steps", "guidance", "stochasticity", "sampler")
-                if getattr(args, key) is not None}
-    given = {"sound": 0, "picture": 1, "both": None}[args.make]
-    result = {key: getattr(args, key) for key in ("world", "make", "n", "seconds", "weights")}
-    result |= {"seeds": [args.seed_start, args.seed_start + args.n - 1], "settings": settings,
-               "embedding": args.embedding, "machine": machine(args.device)}
-    with tempfile.TemporaryDirectory() as folder:
-        seeds = range(args.seed_start, args.seed_start + args.n)
-        world = Worlds(models, args.world, args.make, seeds, args.seconds, args.batch, folder, embed)
-        rows = [*world.ceilings()]
-        for condition in ["joint"] if args.make == "both" else args.condition:
-            start, way = time.perf_counter(), {} if args.make == "both" else {"condition": condition}
-            made = world.generate(**way, **settings)
-            steps = len(sampling_times(args.steps, given, condition)) - 1
-            rows.append(world.scored(condition, *made) | {"steps": steps})
-            print(f"{condition}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
-        if args.make == "both":
-            result["variety"] = {"made": world.spread(*made), "world": world.spread(world.latents, world.mel)}
-        result |= {"rows": rows, "of_ceiling": of_ceiling(rows), **world.quality()}
-    if args.world == "dance" and args.make == "sound":
-        result["beats"] = beat_rows(rows)
-    return worlds_table(result), result
-
-
-def world_files(args):
-    """The command `clips`: held-out clips of a world as files, SEED.mp4, with the true sound; 256 px at 25 fps, as a
-    camera's would be larger and faster than what the model sees."""
-    check_seeds(args)
-    folder = Path(args.folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for seed in range(args.seed_start, args.seed_start + args.n):
-        clip = WORLDS[args.world](seed, args.seconds, fps=25, size=256)
-        write_clip(folder / f"{seed}.mp4", clip.video, clip.audio, clip.fps, clip.sample_rate)
-    print(f"{folder}: {args.n} clips of {args.world}, {args.seconds:g} s each")
-
-
-def of_ceiling(rows):
-    """F1 of all rows after the two ceilings, as a share of the chain's -> [{name, share and interval at each
-    tolerance}]; the interval is over clips, drawn for both at once."""
-    ratio = lambda pooled: scores(pooled[..., 0, :]).f1 / scores(pooled[..., 1, :]).f1
-    lines = []
-    for row in rows[2:]:
-        lines.append({"name": row["name"]})
-        for ms in (50, 100):
-            counts = np.stack([row[f"counts_{ms}"], rows[1][f"counts_{ms}"]], axis=1)  # (N, 2, counts)
-            lines[-1] |= {f"share_{ms}": float(ratio(counts.sum(0))), f"interval_{ms}": bootstrap(counts, ratio)}
-    return lines
-
-
-def beat_rows(rows):
-    """The paper's beat hit rate and its like: rows of `folders` for every way of making sounds, against the beats that
-    are tracked in the true sound."""
-    hearing = lambda beats: Heard(*[None] * 2, np.array(beats), *[None] * 4)
-    true, through, *made = ([hearing(beats) for beats in row["onsets"]] for row in rows)
-    clips = [[([x], y, again) for x, y, again in zip(one, true, through)] for one in made]
-    lines = [(row["name"], line) for row, one in zip(rows[2:], clips) for measure in measures()
-             if measure.needs[0] == "beats" for line in pair_rows(measure, one)]
-    return [line | {"metric": f"{name}: {line['metric']}"} for name, line in lines]
-
-
-def picture_row(name, videos, clips, world):
-    """Scores of the events seen in N videos (T, H, W, 3) against those of N clips: one dict, a line of the table."""
-    found, right = [picture_events(video, clip.fps, world) for video, clip in zip(videos, clips)], []
-    for (times, kinds), clip in zip(found, clips):
-        pairs = match(times, clip.times, TOLERANCES[0])
-        right.append((sum(kinds[i] == clip.kinds[j] for i, j in pairs), len(pairs)))
-    row = {"name": name} | event_row([times for times, _ in found], [clip.times for clip in clips])
-    return row | {"kind": float(share(np.sum(right, 0))), "kind_interval": bootstrap(right, share)}
-
-
-def event_table(rows, what, right):
-    """The lines of a markdown table of `event_row`s: `what` is shown, and of the matched ones `right` is right, where
-    that is known."""
-    known, lines = right in rows[0], []
-    for row in rows:
-        lines.append([row["name"]])
-        for ms in (50, 100):
-            lines[-1] += [span(row[f"f1_{ms}"], row[f"interval_{ms}"]), f"{row[f'chance_{ms}']:.3f}"]
-        lines[-1] += [span(row[right], row[f"{right}_interval"])] if known else []
-    head = [what, "F1 ±50 ms [95 %]", "chance", "F1 ±100 ms [95 %]", "chance", f"{right} right [95 %]"]
-    return table(head if known else head[:-1], lines)
-
-
-def worlds_table(result):
-    """The markdown table, and the lines below it."""
-    settings = [f"{row['name']}: {row['steps']} steps" for row in result["rows"][2:]]
-    settings += [f"{key} {value}" for key, value in result["settings"].items() if key != "steps"]
-    vocoder, slow, dance = result["vocoder"], result["griffin_lim"], result["world"] == "dance"
-    first, last = result["seeds"]
-    what, right = ("pictures", "kind") if result["make"] == "picture" else ("sound", "pitch")
-    note = {"sound": f"F1 of {'tracked beats' if dance else 'onsets'} against the true events",
-            "picture": "F1 of the events seen against the true ones",
-            "both": f"F1 of the {'beats' if dance else 'onsets'} heard against the events seen"}[result["make"]]
-    note += f"; {right}: of those matched within ±50 ms, chance 0.2" if right in result["rows"][0] else ""
-    lines = [*event_table(result["rows"], what, right), "",
-             f"n = {result['n']} clips of {result['seconds']} s of {result['world']}, seeds {first} to {last}; weights "
-             f"{result['weights']}; {', '.join(settings)}; {note}; {result['machine']}.",
-             f"VAE PSNR {result['vae_psnr']:.2f} dB (8 x bicubic {result['bicubic_psnr']:.2f} dB). "
-             f"Vocoder mel L1 {vocoder['mel_l1']:.3f} (Griffin-Lim {slow['mel_l1']:.3f}), "
-             f"STFT distance {vocoder['stft']:.3f} ({slow['stft']:.3f})."]
-    if "frechet" in result["rows"][0]:
-        lines.append(f"Fréchet distances to the true sounds, on {result['embedding']}: " + ", ".join(
-            f"{row['name']} {row['frechet']:.2f}" for row in result["rows"][1:]) + ".")
-    for row in result["of_ceiling"]:
-        at = [f"{span(row[f'share_{ms}'], row[f'interval_{ms}'])} at ±{ms} ms" for ms in (50, 100)]
-        lines.append(f"{row['name']}: F1 ÷ chain ceiling {', '.join(at)}.")
-    if "beats" in result:
-        lines += ["", *score_table(result["beats"]), "", "¹ CMMD / nCMMD / MM-Diffusion on AIST++. ² The same sounds "
-                  "against other clips' beats. ³ The true sounds through mel and vocoder. ⁴ Of being no better than "
-                  "chance, clip by clip (Wilcoxon)."]
-    if "variety" in result:
-        made, world = result["variety"]["made"], result["variety"]["world"]
-        figures = lambda values: ", ".join(f"{value:.3g}" for value in values)
-        lines += ["", *table(["variety", "made", "the world's own"],
-                             [(key, figures(made[key]), figures(world[key])) for key in made])]
-    return "\n".join(lines)
-
-
-def compare(args):
-    """The command `compare`: two results of `worlds`, or of `folders`, for the same clips, by a paired test over clips:
-    the first's figures less the second's."""
-    one, other = results = [read_result(path) for path in args.results]
-    tables = [single_counts(path, result) for path, result in zip(args.results, results)]
-    if any(one.get(key) != other.get(key) for key in ("seeds", "seconds", "world", "make", "names")):
-        raise ValueError(f"{args.results[1]}: has other clips than {args.results[0]}; make both of the same clips")
-    lines = []
-    for name in [name for name in tables[0] if name in tables[1]]:
-        statistic = tables[0][name][0]
-        pairs = [pair for pair in zip(*(x[name][1] for x in tables)) if None not in pair]
-        if not pairs:
-            continue
-        counts = np.array(pairs, dtype=np.float64)  # (N, 2, counts)
-        gain = lambda pooled: statistic(pooled[..., 0, :]) - statistic(pooled[..., 1, :])
-        low, high = bootstrap(counts, gain)
-        _, p, n, zeros = signed_rank(np.subtract(*np.nan_to_num(statistic(counts)).T))
-        lines.append(f"{name}: {gain(counts.sum(0)):+.3f} [{low:+.3f}, {high:+.3f}], "
-                     f"Wilcoxon p = {p:.2g} (n = {n}, {zeros} clips alike)")
-    print("\n".join(lines) or "nothing to compare: no row of a name in both")
-
-
-def single_counts(path, result):
-    """A result of `worlds` or `folders` -> {figure: (its statistic, the counts of each clip, None where there are
-    none)}."""
-    found, statistics = {}, {name: f for measure in measures() for name, f in measure.rows.items()}
-    for row in result["rows"]:
-        if "counts" in row:  # of `folders`
-            found[row["metric"]] = statistics[row["metric"]], row["counts"]
-        elif "counts_50" in row and not row.get("name", "true").startswith("true"):
-            for ms in (50, 100):
-                found[f"{row['name']}, F1 ±{ms} ms"] = (lambda c: scores(c).f1), row[f"counts_{ms}"]
-    if not found:
-        raise ValueError(f"{path}: has no counts of single clips; make it anew with `evaluate.py worlds` or `folders`")
-    return found
-
-
-def check_seeds(args):
-    """Refuse too few clips, and those that trainings draw."""
-    if args.n < 2:
-        raise ValueError(f"--n {args.n}: chance needs the events of other clips, take at least 2")
-    if args.seed_start + args.n > TRAINING_SEED:
-        raise ValueError(f"seeds up to {args.seed_start + args.n - 1}: those from {TRAINING_SEED} on are trained on")
-
-
-# ---------------------------------------------------------------- right and wrong pairs
-
-LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # noise levels t, one for both sides (P), but for the model's shift
-CANDIDATES = 16
-
-
-def pairs(args):
-    """The command `pairs`: does the loss tell right pairs from wrong ones? Losses by t, and retrieval by loss."""
-    check_seeds(args)
-    models, span = load_models(args.weights, args.device), 0.4  # s on either side, for shifted sounds
-    config, front = models.cmmd.config, models.vocoder.config
-    seconds, rate = config.frames / config.fps, config.sample_rate
-    latents, waves, shifted = [], [], []
-    for seed in range(args.seed_start, args.seed_start + args.n):
-        clip, rng = bounce(seed, seconds + 2 * span, config.fps, config.size, rate), np.random.default_rng(seed)
-        first = round(span * config.fps)
-        begin = first / config.fps
-        frames = to_frames(clip.video[None, first : first + config.frames])
-        latents.append(models.vae.encode(frames.to(next(models.vae.parameters()).device)))
-        later = rng.choice([-1, 1]) * rng.uniform(0.1, span)
-        for out, start in ((waves, begin), (shifted, begin + later)):
-            start = round(start * rate)
-            out.append(torch.from_numpy(clip.audio[start : start + round(seconds * rate)]))
-    latents = torch.cat(latents)
-    mel, moved = (models.cmmd.normalise(log_mel(torch.stack(x), front)).to(latents) for x in (waves, shifted))
-    rows = [{"t": t, **{f"{side}_{name}": float(value) for name, sound in (
-        ("right", mel), ("shifted", moved), ("swapped", mel.roll(1, 0))) for side, value in zip(
-            ("video", "audio"), levels_loss(models.cmmd, latents, sound, t).mean(0))}} for t in LEVELS]
-    result = {"n": args.n, "weights": args.weights, "machine": machine(args.device), "rows": rows,
-              **retrieval(models.cmmd, latents, mel)}
-    return pairs_table(result), result
+def common_rate(paths, most=25):
+    """The lowest of the files' frame rates, at most 25: what shows fewer frames would seem to stand still between."""
+    rates = [most]
+    for path in paths:
+        with contextlib.suppress(ValueError):  # it will be named where it is read
+            rates.append(probe(path).fps or most)
+    return min(rates)
 
 
 @torch.no_grad()
-def levels_loss(model, latents, mel, t, seed=0, batch=16):
-    """Eq. 2 of pairs at one t, the noise the same for every call -> (N, 2), video then audio."""
-    noise = [torch.randn(x.shape[1:], generator=torch.Generator().manual_seed(seed + i)).to(x)
-             for i, x in enumerate((latents, mel))]
-    out = []
-    for video, audio in zip(latents.split(batch), mel.split(batch)):
-        times = levels(torch.full((len(video),), t).to(video), model.config.shift)
-        same = [n.expand_as(x) for n, x in zip(noise, (video, audio))]
-        out.append(joint_loss(model, video, audio, *times, *same))
-    return torch.cat(out)
-
-
-def retrieval(model, latents, mel):
-    """Among CANDIDATES sounds, how often has a video's own one the lowest loss over LEVELS: of both sides together, and
-    of the video alone, since the sum favours quiet candidates (chance 1 / CANDIDATES)."""
-    whole, right = len(latents) // CANDIDATES * CANDIDATES, np.zeros(2)
-    for k in range(whole):
-        start = k // CANDIDATES * CANDIDATES
-        videos = latents[k : k + 1].expand(CANDIDATES, *latents.shape[1:])
-        losses = sum(levels_loss(model, videos, mel[start : start + CANDIDATES], t) for t in LEVELS)  # (CANDIDATES, 2)
-        right += [int(values.argmin()) == k - start for values in (losses.sum(1), losses[:, 0])]
-    both, video = right / whole if whole else (np.nan, np.nan)
-    return {"retrieval": float(both), "retrieval_by_video": float(video), "retrieval_n": whole}
-
-
-def pairs_table(result):
-    """The markdown table, and the line below it."""
-    names = [f"{side}_{name}" for side in ("video", "audio") for name in ("right", "shifted", "swapped")]
-    lines = table(["t", *(name.replace("_", ", ") for name in names)],
-                  [(row["t"], *(f"{row[name]:.3f}" for name in names)) for row in result["rows"]])
-    return "\n".join(lines + ["", f"Mean squared velocity errors, n = {result['n']}. The right one of {CANDIDATES} "
-                              f"sounds has the lowest loss: {result['retrieval']:.3f}, by the video's alone "
-                              f"{result['retrieval_by_video']:.3f} (n = {result['retrieval_n']}, chance "
-                              f"{1 / CANDIDATES:.3f}); weights {result['weights']}; {result['machine']}."])
-
-
-# ---------------------------------------------------------------- speed
-
-def speed(args):
-    """The command `speed`: a markdown table, each length in a fresh process."""
-    if args.child:
-        return print(json.dumps(timed_sample(args)))
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        for seconds in args.seconds:
-            path, clip = Path(folder) / f"{seconds:g}.mp4", bounce(TEST_SEED, seconds=seconds)
-            write_clip(path, clip.video, fps=clip.fps)
-            device = ["--device", args.device] if args.device else []
-            rows.append({"seconds": seconds, **in_process("speed", "--child", path, "--steps", args.steps,
-                                                          "--weights", args.weights, *device)})
-    return speed_table(rows, args), {"weights": args.weights, "steps": args.steps, "machine": machine(args.device),
-                                     "rows": rows}
-
-
-def timed(calls, repeats, clock=time.perf_counter, wait=lambda: None):
-    """Seconds of each of several calls, taken in turns -> a list for each. wait() is for a GPU to end its work."""
-    spent = [[] for _ in calls]
-    for _, (call, seconds) in itertools.product(range(repeats), zip(calls, spent)):
-        start = clock()
-        call()
-        wait()
-        seconds.append(clock() - start)
-    return spent
-
-
-def in_process(*words, env=None):
-    """What `evaluate.py WORDS` prints as JSON, in a fresh process. ValueError, with its last line, if it fails."""
-    words = list(map(str, words))
-    child = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True, env=env)
-    if child.returncode:
-        said = child.stderr.strip().rpartition("\n")[2].removeprefix("evaluate.py: ")
-        raise ValueError(said or f"the process `{' '.join(words)}` ended with {child.returncode}")
-    return json.loads(child.stdout)
-
-
-def timed_sample(args):
-    """Seconds by stage of `sample` on the video file args.child, weights loaded before, and peak memory in MiB.
-
-    It is `sample` itself that runs, with a stopwatch around what it calls; "other" is what lies between."""
-    spent = dict.fromkeys(("read", "encode", "generate", "decode", "write"), 0.0)
-
-    def watched(stage, function):
-        def call(*arguments, **options):
-            start = time.perf_counter()
-            try:
-                return function(*arguments, **options)
-            finally:
-                if models.cmmd.time.mlp[0].weight.is_cuda:
-                    torch.cuda.synchronize()  # or the next stage would wait for this one's work
-                spent[stage] += time.perf_counter() - start
-        return call
-
-    models = door.load_models(args.weights, args.device)
-    models.vae.encode = watched("encode", models.vae.encode)
-    models.vocoder.forward = watched("decode", models.vocoder.forward)
-    door.generate, door._video_input = watched("generate", door.generate), watched("read", door._video_input)
-    start = time.perf_counter()
-    clip = door.sample(args.child, steps=args.steps, models=models)
-    watched("write", clip.save)(Path(args.child).with_suffix(".out.mp4"))
-    total = time.perf_counter() - start
-    spent["read"] -= spent["encode"]  # frames are encoded while they are read
-    return {**spent, "other": total - sum(spent.values()), "total": total, "peak_mib": peak_memory()}
-
-
-def peak_memory():
-    """This process's largest resident memory in MiB, without its ffmpeg children.
-
-    Linux's VmHWM, because getrusage there also counts what the parent held when it started this process."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) / 1024
+def movement(path, fps, seconds=None, vae=None, size=64):
+    """`lower_movement`, where a speaker's mouth is, of a file's picture, through `vae` if given -> (T - 1,); a string
+    where there is no picture."""
     try:
-        import resource
-    except ImportError:  # Windows
-        return math.nan
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 1024)
+        video = read_video(path, fps, size, seconds=seconds)
+    except ValueError as error:
+        return str(error)
+    return lower_movement(to_uint8(vae.decode(vae.encode(to_frames(video[None]))))[0] if vae else video)
 
 
-def speed_table(rows, args):
-    """One line per length, in seconds."""
-    stages = [key for key in rows[0] if key not in ("seconds", "peak_mib")]
-    lines = table(["video", *stages, "per second of video", "peak memory"], [
-        (f"{row['seconds']:g} s", *(f"{row[stage]:.2f}" for stage in stages), f"{row['total'] / row['seconds']:.3f}",
-         f"{row['peak_mib']:.0f} MiB") for row in rows])
-    return "\n".join(lines + ["", "Seconds, after import and loading, one fresh process per length; "
-                              f"weights {args.weights}, {args.steps} steps; {machine(args.device)}."])
+def lower_movement(frames):
+    """Frames uint8 (..., T, H, W, 3) -> mean absolute change from frame to frame in the lower middle (..., T - 1)."""
+    H, W = frames.shape[-3:-1]
+    part = frames[..., H // 2 :, W // 4 : W - W // 4, :].astype(np.float64)
+    return np.abs(np.diff(part, axis=-4)).mean(axis=(-3, -2, -1))
+
+
+def flow_peaks(flow):
+    """Frames at which the flow from the frame before, (T - 1,) in px, is larger than on either side."""
+    flow = np.array([*flow[:1], *flow])
+    middle = flow[1:-1]
+    return 1 + np.flatnonzero((flow[:-2] < middle) & (middle > flow[2:]) & (middle >= STILL))
+
+
+def av_align(sound, picture, window=1 / FPS):
+    """TempoTokens' intersection over union of peak times (s): a sound takes the first free peak nearer than window."""
+    free, matched = list(picture), 0
+    for time in sound:
+        near = next((peak for peak in free if abs(time - peak) < window - 1e-9), None)
+        if near is not None:
+            free.remove(near)
+            matched += 1
+    union = len(sound) + len(picture) - matched
+    return matched / union if union else "no peaks at all"
+
+
+def hear(wave, config, picture="no picture", embedding=()):
+    """All that is measured of one sound (S,) at config.sample_rate -> Heard."""
+    wave = np.pad(wave, (0, max(0, config.n_fft - len(wave))))
+    mel = log_mel(torch.from_numpy(wave)[None], config)[0].numpy()
+    return Heard(onsets(mel, config.hop / config.sample_rate), mel.mean(axis=0, dtype=np.float64),
+                 *rhythm(wave, config.sample_rate), picture, embedding)
+
+
+# ---------------------------------------------------------------- scores of pairs
+
+# rows {name: statistic of pooled counts}; what of the output and of the truth they need; count: (output, truth) ->
+# counts, or a string that says why there are none. A sound is compared with its own clip's picture, not the truth's.
+Measure = namedtuple("Measure", "rows needs count")
+TABLE_2 = {"beat hit rate ±100 ms": "0.45 / 0.44 / 0.41", "beat hit rate ±500 ms": "0.89 / 0.91 / 0.89"}
+
+
+def beat_counts(made, true, tolerance):
+    """(hit rate, 1, matched, found, true): the first two average over clips, the others pool."""
+    if not len(true.beats):
+        return "no beat in the reference"
+    matched = len(match(made.beats, true.beats, tolerance))
+    return matched / len(true.beats), 1, matched, len(made.beats), len(true.beats)
+
+
+def align_counts(made, true):
+    """(AV-Align of the made sound with its picture, 1), or why there is none."""
+    value = av_align(made.sound_peaks, true.motion_peaks)
+    return value if isinstance(value, str) else (value, 1)
+
+
+def curve_counts(made, true, usual=0.0, constant="constant loudness"):
+    """(correlation over time of two curves (n,), as far as all go, less what is usual, 1), or why there is none."""
+    n = min(len(x) for x in (made, true, usual) if np.ndim(x))
+    value = envelope_correlation(made[None, :n], true[None, :n], usual[:n] if np.ndim(usual) else usual)[0]
+    return constant if np.isnan(value) else (value, 1)
+
+
+def active_counts(made, true):
+    """(frames loud in both, in the made sound, in the true one): above the median level."""
+    made, true = made.envelope > true.level, true.envelope > true.level
+    return (made & true).sum(), made.sum(), true.sum()
+
+
+def time_measures(what, needs, parts=("F1", "precision", "recall")):
+    """Scores of the times `needs`, in seconds."""
+    for ms in (50, 100):
+        rows = {f"{what}{part} ±{ms} ms": lambda c, part=part.lower(): getattr(scores(c), part) for part in parts}
+        yield Measure(rows, (needs,) * 2, lambda a, b, s=ms / 1000: event_counts(
+            [getattr(a, needs)], [getattr(b, needs)], s)[0])
+
+
+def world_measures():
+    """Every score of the Events of worlds."""
+    yield from time_measures("", "times", ["F1"])
+    yield Measure({"kind right": share}, ("kinds",) * 2, kind_counts)
+
+
+def measures():
+    """Every score of what is `Heard` in folders of clips, in the order of the table."""
+    beat, envelopes = (("beats",) * 2, ("envelope",) * 2)
+    yield from time_measures("onset ", "onsets")
+    for ms in (100, 500):
+        yield Measure({f"beat hit rate ±{ms} ms": lambda c: share(c[..., :2]),
+                       f"beat precision ±{ms} ms": lambda c: scores(c[..., 2:]).precision,
+                       f"beat F1 ±{ms} ms": lambda c: scores(c[..., 2:]).f1},
+                      beat, functools.partial(beat_counts, tolerance=ms / 1000))
+    yield Measure({"beats, generated ÷ true": lambda c: share(c[..., 3:])}, beat, lambda a, b: beat_counts(a, b, 0.1))
+    yield Measure({"CDCD beat coverage": lambda c: share(c[..., 1:]), "CDCD beat hit": lambda c: share(c[..., ::2])},
+                  ("bins",) * 2, lambda a, b: (len(np.intersect1d(a.bins, b.bins)), len(a.bins), len(b.bins)))
+    yield Measure({"AV-Align": share}, ("sound_peaks", "motion_peaks"), align_counts)
+    loudness = lambda a, b, *usual: curve_counts(a.envelope, b.envelope, *usual)
+    yield Measure({"envelope correlation": share}, envelopes, loudness)
+    yield Measure({"envelope correlation, residual": share}, envelopes, lambda a, b: loudness(a, b, b.typical))
+    yield Measure({"activity F1": lambda c: scores(c).f1}, envelopes, active_counts)
+    moves = lambda a, b, usual=0.0: curve_counts(a.movement, b.movement, usual, "a still picture")
+    yield Measure({"movement correlation": share}, ("movement",) * 2, moves)
+    yield Measure({"movement correlation, residual": share}, ("movement",) * 2, lambda a, b: moves(a, b, b.usual))
+
+
+def pair_rows(measure, clips, rotations=20):
+    """Rows of one measure over clips [(made, true, again)]: value with its interval over clips, chance, ceiling.
+
+    made: K outputs; true: what they should be; again: the most that is possible, or None. Chance is that of the outputs
+    with the truths of other clips, the mean of so many ways to rotate them: all, where that is the number of clips."""
+    own = measure.needs[1] == "motion_peaks"
+    other = lambda made, true: made if own else true
+
+    def count(made, true):
+        needed = getattr(made, measure.needs[0]), getattr(true, measure.needs[1])
+        return next((why for why in needed if isinstance(why, str)), None) or measure.count(made, true)
+
+    kept = lambda counted: [c for c in counted if not isinstance(c, str)]
+    each = [[count(x, other(x, true)) for x in made] for made, true, _ in clips]
+    why = Counter(c for counted in each for c in counted if isinstance(c, str))
+    note = "; ".join(f"{n}: {reason}" for reason, n in why.items())
+    ours = [kept(counted) for counted in each]
+    per_clip = [sum_of(counted) for counted in ours if counted]
+    if not per_clip:
+        yield row(", ".join(measure.rows), note=note)
+        return
+    turns = np.unique(np.linspace(1, len(clips) - 1, rotations).astype(int))  # each pairs every clip with another
+    strange = [kept(count(x, other(y, clips[i - turn][1])) for turn in turns for x, y in zip(made, clips[i - turn][0]))
+               for i, (made, _, _) in enumerate(clips)]
+    both = [(sum_of(one), sum_of(wrong)) for one, wrong in zip(ours, strange) if one and wrong]
+    best = kept(count(again or true, true) for _, true, again in clips if again or own)
+    for name, statistic in measure.rows.items():
+        value, low, top = (float(statistic(sum_of(c))) if c else None for c in (per_clip, sum(strange, []), best))
+        gains = [np.nan_to_num(statistic(one)) - np.nan_to_num(statistic(wrong)) for one, wrong in both]
+        line = row(name, value, TABLE_2.get(name, ""), bootstrap(np.array(per_clip), statistic), low, top,
+                   sum(map(len, ours)), note, signed_rank(gains)[1])
+        yield line | {"counts": [sum_of(counted).tolist() if counted else None for counted in ours]}
+
+
+def sum_of(counts):
+    """Counts of N clips, added up."""
+    return np.sum(counts, axis=0, dtype=float)
+
+
+def row(metric, value=None, paper="", interval=(None, None), chance=None, ceiling=None, n=0, note="", p=None):
+    """A line of the table; `note`: what was skipped and why; p: of Wilcoxon's test against chance, clip by clip."""
+    return {"metric": metric, "paper": paper, "value": value, "low": interval[0], "high": interval[1],
+            "chance": chance, "p": p, "ceiling": ceiling, "n": n, "note": note}
+
+
+def score_table(rows):
+    """The lines of a markdown table of `row`s, and of what stands below it."""
+    lines = []
+    digits = lambda x: "–" if x is None or np.isnan(x) else f"{x:.3f}" if abs(x) < 10 else f"{x:.1f}"
+    for line in rows:
+        name = f"{line['name']}: {line['metric']}" if "name" in line else line["metric"]
+        interval = "" if line["low"] is None else f" [{digits(line['low'])}, {digits(line['high'])}]"
+        p = "–" if line["p"] is None else format(line["p"], ".1g")
+        lines.append((name, line["paper"], digits(line["value"]) + interval, digits(line["chance"]), p,
+                      digits(line["ceiling"]), line["n"], line["note"]))
+    head = ["metric", "paper¹", "ours [95 %]", "chance²", "p⁴", "ceiling³", "n", "skipped, notes"]
+    return [*table(head, lines), "", "¹ CMMD / nCMMD / MM-Diffusion on AIST++. ² The same outputs against other clips' "
+            "truths. ³ The truth as output: through vocoder or VAE, with its own picture, or a part of the reference "
+            "against the rest. ⁴ Of being no better than chance, clip by clip (Wilcoxon)."]
 
 
 # ---------------------------------------------------------------- distances between sets
@@ -1001,112 +741,347 @@ def audio_distances(made, true, others):
             "truth_samples": truth_samples}
 
 
-# ---------------------------------------------------------------- what is heard and seen in a clip
+# ---------------------------------------------------------------- worlds
 
-FPS = 10
-MUSIC_RATE = 22050  # Hz, librosa's default, which the beat tracker's settings are made for
-BEAT_SECONDS = 3.6  # s; on less the tracker errs by up to 254 ms even on a click track
-STILL = 0.1  # px, mean flow below which nothing moves
-SAME_LENGTH = 0.1  # s by which a clip and its truth may differ
-ROTATIONS = 20  # wrong pairings of all clips that chance is the mean of
-
-# Of one clip: onset times (s), envelope (L,), beat times, seconds that hold an onset, times of AV-Align's peaks in
-# sound and picture, embeddings (n, D), movement (T - 1,), the envelope to be expected, the level above which there is
-# activity, the movement to be expected. Where there is none, a string says why.
-Heard = namedtuple("Heard", "onsets envelope beats bins sound_peaks motion_peaks embedding movement typical level "
-                            "usual", defaults=("no picture", 0, 0, 0))
-Pair = namedtuple("Pair", "name generated reference")  # paths of K draws and of the truth
+def through_video_file(clip, folder):
+    """The clip's frames (T, H, W, 3) uint8 as a viewer gets them: written to an mp4 file and read back."""
+    path = Path(folder) / "clip.mp4"
+    write_clip(path, clip.video, fps=clip.fps)
+    return read_video(path, fps=clip.fps, size=clip.video.shape[1])
 
 
-def extra(name):
-    """Import a package of the `eval` extra, or say in one line what to install."""
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        package = {"cv2": "opencv-python-headless"}.get(name, name.partition(".")[0])
-        raise ImportError(f"{package} is not installed: pip install {package}") from None
+def through_wav_file(waves, sample_rate, folder):
+    """Waves (B, S) in [-1, 1] as a listener gets them: written to 16-bit wav files and read back."""
+    import soundfile
+    path, back = Path(folder) / "clip.wav", []
+    for wave in waves:
+        write_clip(path, audio=wave.numpy(), sample_rate=sample_rate)
+        back.append(torch.from_numpy(soundfile.read(path, dtype="float32")[0]))
+    return torch.stack(back)
 
 
-def rhythm(wave, rate=16000):
-    """Wave (S,) -> librosa's beats (s), the seconds that hold an onset, onsets as AV-Align takes them (s)."""
-    try:
-        librosa = extra("librosa")
-    except ImportError as error:
-        return (str(error),) * 3
-    y = librosa.resample(wave, orig_sr=rate, target_sr=MUSIC_RATE)
-    beats = "shorter than 3.6 s"
-    if len(wave) >= (BEAT_SECONDS - 0.05) * rate:
-        beats = librosa.beat.beat_track(y=y, sr=MUSIC_RATE, units="time")[1]
-    strength = librosa.onset.onset_strength(y=y, sr=MUSIC_RATE)
-    detect = functools.partial(librosa.onset.onset_detect, onset_envelope=strength, sr=MUSIC_RATE, units="time")
-    bins = np.unique(detect(wait=1, delta=0.2, pre_avg=1, post_avg=1, post_max=1).astype(int))
-    return beats, bins, detect()
+def batches(items, size):
+    """Slices of `items`, `size` long; the last may be shorter."""
+    return (items[i:i + size] for i in range(0, len(items), size))
 
 
-def motion(path, seconds=None, size=128):
-    """Times (s) at which the mean optical flow of a file's picture peaks; a string where there is no telling."""
-    try:
-        cv2 = extra("cv2")
-        video = read_video(path, fps=FPS, size=size, seconds=seconds)
-    except (ImportError, ValueError) as error:
-        return str(error)
-    grey = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in video]
-    flows = (cv2.calcOpticalFlowFarneback(*pair, None, 0.5, 3, 15, 3, 5, 1.2, 0) for pair in zip(grey, grey[1:]))
-    return flow_peaks([float(np.linalg.norm(flow, axis=2).mean()) for flow in flows]) / FPS
+class Worlds:
+    """Held-out clips of a world, encoded once; all that is made of them, in any direction, is scored by `rows`.
+
+    make: "sound" (for their pictures), "picture" (for their sounds) or "both" (from nothing but as many seeds)."""
+
+    def __init__(self, models, name, make, seeds, seconds, batch, folder, embed=None):
+        self.models, self.name, self.make = models, name, make
+        self.seeds, self.batch, self.folder, self.embed = seeds, batch, folder, embed
+        self.device = next(models.cmmd.parameters()).device
+        c = models.cmmd.config
+        self.fps, self.config = c.fps, models.vocoder.config
+        self.clips = [WORLDS[name](seed, seconds, c.fps, c.size, c.sample_rate) for seed in seeds]
+        self.true = torch.from_numpy(np.stack([clip.audio for clip in self.clips]))  # (N, S)
+        self.true_fit = self.fit(self.true) if embed else None
+        # the true sounds' log mel (N, M, L), with as many frames as the model makes for the clip
+        self.mel = log_mel(torch.nn.functional.pad(self.true, (0, -self.true.shape[1] % self.config.hop)), self.config)
+        self.found = {}  # times of the events found, by way of making
+        self.encode()
+
+    @torch.no_grad()
+    def encode(self):
+        """Video files -> latents (N, T, C, H, W) on the CPU, and PSNR per frame of the VAE and of the baseline."""
+        latents, own, bicubic = [], [], []
+        for clips in batches(self.clips, self.batch):
+            frames = to_frames(np.stack([through_video_file(clip, self.folder) for clip in clips]))
+            latents.append(self.models.vae.encode(frames.to(self.device)).cpu())
+            back = self.models.vae.decode(latents[-1].to(self.device)).cpu().clamp(-1, 1)
+            true = (frames.flatten(0, 1) + 1) / 2  # (B, T, 3, H, W) -> (B*T, 3, H, W) in [0, 1]
+            own.append(psnr((back.flatten(0, 1) + 1) / 2, true))
+            bicubic.append(psnr(bicubic_baseline(true), true))
+        self.latents = torch.cat(latents)
+        self.psnr, self.psnr_bicubic = float(torch.cat(own).mean()), float(torch.cat(bicubic).mean())
+
+    def draw(self, latents):
+        """Latents (N, T, C, H, W) -> N videos uint8 (T, H, W, 3)."""
+        return [to_uint8(self.models.vae.decode(one[None].to(self.device)))[0] for one in latents]
+
+    @torch.no_grad()
+    def vocode(self, mel):
+        """Log mel (N, M, L) -> waves (N, S) of the clips' exact length, through 16-bit wav files."""
+        waves = [self.models.vocoder.decode(part.to(self.device)).cpu() for part in batches(mel, self.batch)]
+        return through_wav_file(torch.cat(waves)[:, :self.true.shape[1]], self.config.sample_rate, self.folder)
+
+    def generate(self, **settings):
+        """What the model makes -> latents (N, T, C, H, W) and log mel (N, M, L); settings go to `cmmd.generate`."""
+        model, made = self.models.cmmd, []
+        for latents, mel, seeds in zip(*(batches(x, self.batch) for x in (self.latents, self.mel, self.seeds))):
+            video = latents if self.make == "sound" else None
+            audio = model.normalise(mel) if self.make == "picture" else None
+            x = generate(model, video, audio, latents.shape[1], seeds=tuple(seeds), **settings)
+            made.append([x[0].cpu(), model.denormalise(x[1]).cpu()])
+        return [torch.cat(parts) for parts in zip(*made)]
+
+    def seen(self, videos):
+        """What happens in N videos -> Events of each."""
+        return [picture_events(video, self.fps, self.name) for video in videos]
+
+    def heard(self, waves):
+        """What is heard in waves (N, S) -> Events of each: impacts in `bounce`, beats by librosa in `dance`."""
+        if self.name == "dance":
+            return [Events(rhythm(wave.numpy(), self.config.sample_rate)[0], "beats tell no dancer") for wave in waves]
+        return impacts(log_mel(waves, self.config).numpy(), self.config)
+
+    def fit(self, waves):
+        """Waves (N, S) -> `gaussian` of what `embed` makes of them, one after the other (n, D)."""
+        return gaussian(np.concatenate([self.embed(None, wave.numpy()) for wave in waves]))
+
+    def rows(self, name, videos, waves):
+        """Scores of N videos or waves (N, S) against the true events, or of the two against each other."""
+        found = self.seen(videos) if self.make == "picture" else self.heard(waves)
+        true = self.seen(videos) if self.make == "both" else self.clips
+        clips = [([one], other, None) for one, other in zip(found, true)]
+        rows = [line for measure in world_measures() for line in pair_rows(measure, clips, rotations=len(clips))]
+        if self.embed and waves is not None:
+            rows.append(row("Fréchet distance", frechet(self.fit(waves), self.true_fit), n=len(waves)))
+        self.found[name] = [events.times.round(4).tolist() for events in found]
+        return [{"name": name} | line for line in rows if line["value"] is not None]
+
+    def ceilings(self):
+        """Rows of the truth, as it is and through the networks that anything made goes through."""
+        through = {"sound": "mel and vocoder", "picture": "the VAE", "both": "VAE, mel and vocoder"}[self.make]
+        return [*self.rows("true (raw ceiling)", [clip.video for clip in self.clips], self.true),
+                *self.scored(f"true, through {through} (chain ceiling)", self.latents, self.mel)]
+
+    def scored(self, name, latents, mel):
+        """The rows of latents (N, T, C, H, W) and log mel (N, M, L), of which only what counts is decoded."""
+        return self.rows(name, None if self.make == "sound" else self.draw(latents),
+                        None if self.make == "picture" else self.vocode(mel))
+
+    def spread(self, latents, mel):
+        """How varied N clips are: distances (root mean square) of any two, kinds, counts and tempi seen -> dict."""
+        videos, figures = self.draw(latents), {}
+        seen = [picture_events(video, self.fps, self.name) for video in videos]
+        for side, x in (("pictures", latents), ("sounds", self.models.cmmd.normalise(mel))):
+            apart = torch.pdist(x.flatten(1).double()) / math.sqrt(x[0].numel())
+            figures[f"distance of two {side}: least, median"] = [float(apart.min()), float(apart.median())]
+        count = Counter(kind for events in seen for kind in events.kinds.tolist())
+        figures["share of each kind"] = [count[kind] / max(1, count.total()) for kind in range(len(KIND_HUE))]
+        values = {"events a clip": [len(events.times) for events in seen]}
+        if self.name == "bounce":
+            radii = np.concatenate([balls(video.astype(np.float32) / 255)[1] for video in videos])
+            values["ball radius"] = [np.nanmedian(radius) for radius in radii if np.isfinite(radius).any()]
+        else:
+            values["tempo"] = [60 / np.diff(events.times).mean() for events in seen if len(events.times) > 1]
+        for what, x in values.items():
+            spread = (np.mean, np.std, np.min, np.max) if x else ()
+            figures[f"{what}: mean, deviation, range"] = [float(function(x)) for function in spread]
+        return figures
+
+    def quality(self):
+        """PSNR of the VAE beside bicubic, and the vocoder on the true sounds beside Griffin-Lim."""
+        length = self.true.shape[1]
+        slow = torch.cat([griffin_lim(part, self.config) for part in batches(self.mel, self.batch)])[:, :length]
+        return {"vae_psnr": self.psnr, "bicubic_psnr": self.psnr_bicubic,
+                "vocoder": vocoder_quality(self.vocode(self.mel), self.true, self.config),
+                "griffin_lim": vocoder_quality(slow, self.true, self.config)}
 
 
-def common_rate(paths, most=25):
-    """The lowest of the files' frame rates, at most 25: what shows fewer frames would seem to stand still between."""
-    rates = [most]
-    for path in paths:
-        with contextlib.suppress(ValueError):  # it will be named where it is read
-            rates.append(probe(path).fps or most)
-    return min(rates)
+def worlds(args):
+    """The command `worlds`: print, and with --out write, the table over held-out clips."""
+    check_seeds(args)
+    if args.world == "dance" and args.make != "picture":
+        if args.seconds < BEAT_SECONDS:
+            raise ValueError(f"--seconds {args.seconds:g}: beats in sounds are tracked in {BEAT_SECONDS} s or more")
+        extra("librosa")
+    embed = embedder(args.embedding) if args.embedding else None
+    models = load_models(args.weights, args.device)
+    settings = {key: getattr(args, key) for key in ("steps", "guidance", "stochasticity", "sampler")
+                if getattr(args, key) is not None}
+    given = {"sound": 0, "picture": 1, "both": None}[args.make]
+    result = {key: getattr(args, key) for key in ("world", "make", "n", "seconds", "weights")}
+    result |= {"seeds": [args.seed_start, args.seed_start + args.n - 1], "settings": settings,
+               "embedding": args.embedding, "machine": machine(args.device)}
+    with tempfile.TemporaryDirectory() as folder:
+        seeds = range(args.seed_start, args.seed_start + args.n)
+        world = Worlds(models, args.world, args.make, seeds, args.seconds, args.batch, folder, embed)
+        rows, result["steps"] = world.ceilings(), {}
+        for condition in ["joint"] if args.make == "both" else args.condition:
+            start, way = time.perf_counter(), {} if args.make == "both" else {"condition": condition}
+            made = world.generate(**way, **settings)
+            rows += world.scored(condition, *made)
+            result["steps"][condition] = len(sampling_times(args.steps, given, condition)) - 1
+            print(f"{condition}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
+        if args.make == "both":
+            result["variety"] = {"made": world.spread(*made), "world": world.spread(world.latents, world.mel)}
+        beats = beat_rows(world.found) if args.world == "dance" and args.make == "sound" else []
+        result |= {"rows": beside_ceiling(rows) + beats, "found": world.found, **world.quality()}
+    return worlds_table(result), result
+
+
+def world_files(args):
+    """The command `clips`: held-out clips of a world as files, SEED.mp4, with the true sound; 256 px at 25 fps, as a
+    camera's would be larger and faster than what the model sees."""
+    check_seeds(args)
+    folder = Path(args.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for seed in range(args.seed_start, args.seed_start + args.n):
+        clip = WORLDS[args.world](seed, args.seconds, fps=25, size=256)
+        write_clip(folder / f"{seed}.mp4", clip.video, clip.audio, clip.fps, clip.sample_rate)
+    print(f"{folder}: {args.n} clips of {args.world}, {args.seconds:g} s each")
+
+
+def beside_ceiling(rows):
+    """The same rows, each with what the chain reaches, and F1 also as a share of that, whose interval is over clips
+    drawn for both at once."""
+    f1 = lambda counts: scores(counts).f1
+    ratio = lambda pooled: f1(pooled[..., 0, :]) / f1(pooled[..., 1, :])
+    chain, out = {line["metric"]: line for line in rows if "chain" in line["name"]}, []
+    for line in rows:
+        top = chain[line["metric"]]
+        out.append(line | {"ceiling": top["value"]})
+        if line["metric"].startswith("F1") and not line["name"].startswith("true"):
+            counts = np.stack([line["counts"], top["counts"]], axis=1)  # (N, 2, counts)
+            out[-1]["note"] = f"{span(float(ratio(counts.sum(0))), bootstrap(counts, ratio))} of the ceiling"
+    return out
+
+
+def beat_rows(found):
+    """The paper's beat hit rate and its like, of every way of making sounds, against the beats that are tracked in the
+    true sound. found: times of beats in N clips, by way, those of the truth and of the chain first."""
+    true, through, *made = ([Heard(beats=beats) for beats in clips] for clips in found.values())
+    return [{"name": name} | line for name, one in zip([*found][2:], made) for measure in measures()
+            if measure.needs[0] == "beats"
+            for line in pair_rows(measure, [([x], y, again) for x, y, again in zip(one, true, through)])]
+
+
+def worlds_table(result):
+    """The markdown table, and the lines below it."""
+    settings = [f"{name}: {n} steps" for name, n in result["steps"].items()]
+    settings += [f"{key} {value}" for key, value in result["settings"].items() if key != "steps"]
+    vocoder, slow, (first, last) = result["vocoder"], result["griffin_lim"], result["seeds"]
+    what = {"sound": "of what is heard against the true events", "picture": "of what is seen against the true events",
+            "both": "of what is heard against what is seen"}[result["make"]]
+    what += f"; Fréchet distances are on {result['embedding']}" if result["embedding"] else ""
+    lines = [*score_table(result["rows"]), f"F1 and kinds: {what}.",
+             f"n = {result['n']} clips of {result['seconds']} s of {result['world']}, seeds {first} to {last}; weights "
+             f"{result['weights']}; {', '.join(settings)}; {result['machine']}.",
+             f"VAE PSNR {result['vae_psnr']:.2f} dB (8 x bicubic {result['bicubic_psnr']:.2f} dB). "
+             f"Vocoder mel L1 {vocoder['mel_l1']:.3f} (Griffin-Lim {slow['mel_l1']:.3f}), "
+             f"STFT distance {vocoder['stft']:.3f} ({slow['stft']:.3f})."]
+    if "variety" in result:
+        made, world = result["variety"]["made"], result["variety"]["world"]
+        figures = lambda values: ", ".join(f"{value:.3g}" for value in values)
+        lines += ["", *table(["variety", "made", "the world's own"],
+                             [(key, figures(made[key]), figures(world[key])) for key in made])]
+    return "\n".join(lines)
+
+
+def compare(args):
+    """The command `compare`: two results of `worlds`, or of `folders`, for the same clips, by a paired test over clips:
+    the first's figures less the second's."""
+    one, other = results = [read_result(path) for path in args.results]
+    tables = [single_counts(path, result) for path, result in zip(args.results, results)]
+    if any(one.get(key) != other.get(key) for key in ("seeds", "seconds", "world", "make", "names")):
+        raise ValueError(f"{args.results[1]}: has other clips than {args.results[0]}; make both of the same clips")
+    lines = []
+    for name in [name for name in tables[0] if name in tables[1]]:
+        statistic = tables[0][name][0]
+        pairs = [pair for pair in zip(*(x[name][1] for x in tables)) if None not in pair]
+        if not pairs:
+            continue
+        counts = np.array(pairs, dtype=np.float64)  # (N, 2, counts)
+        gain = lambda pooled: statistic(pooled[..., 0, :]) - statistic(pooled[..., 1, :])
+        low, high = bootstrap(counts, gain)
+        _, p, n, zeros = signed_rank(np.subtract(*np.nan_to_num(statistic(counts)).T))
+        lines.append(f"{name}: {gain(counts.sum(0)):+.3f} [{low:+.3f}, {high:+.3f}], "
+                     f"Wilcoxon p = {p:.2g} (n = {n}, {zeros} clips alike)")
+    print("\n".join(lines) or "nothing to compare: no row of a name in both")
+
+
+def single_counts(path, result):
+    """A result of `worlds` or `folders` -> {figure: (its statistic, the counts of each clip, None where there are
+    none)}."""
+    statistics = {name: f for measure in (*world_measures(), *measures()) for name, f in measure.rows.items()}
+    found = {", ".join(filter(None, (line.get("name"), line["metric"]))): (statistics[line["metric"]], line["counts"])
+             for line in result["rows"] if "counts" in line and not line.get("name", "").startswith("true")}
+    if not found:
+        raise ValueError(f"{path}: has no counts of single clips; make it anew with `evaluate.py worlds` or `folders`")
+    return found
+
+
+def check_seeds(args):
+    """Refuse too few clips, and those that trainings draw."""
+    if args.n < 2:
+        raise ValueError(f"--n {args.n}: chance needs the events of other clips, take at least 2")
+    if args.seed_start + args.n > TRAINING_SEED:
+        raise ValueError(f"seeds up to {args.seed_start + args.n - 1}: those from {TRAINING_SEED} on are trained on")
+
+
+# ---------------------------------------------------------------- right and wrong pairs
+
+LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # noise levels t, one for both sides (P), but for the model's shift
+CANDIDATES = 16
+
+
+def pairs(args):
+    """The command `pairs`: does the loss tell right pairs from wrong ones? Losses by t, and retrieval by loss."""
+    check_seeds(args)
+    models, span = load_models(args.weights, args.device), 0.4  # s on either side, for shifted sounds
+    config, front = models.cmmd.config, models.vocoder.config
+    seconds, rate = config.frames / config.fps, config.sample_rate
+    latents, waves, shifted = [], [], []
+    for seed in range(args.seed_start, args.seed_start + args.n):
+        clip, rng = bounce(seed, seconds + 2 * span, config.fps, config.size, rate), np.random.default_rng(seed)
+        first = round(span * config.fps)
+        begin = first / config.fps
+        frames = to_frames(clip.video[None, first : first + config.frames])
+        latents.append(models.vae.encode(frames.to(next(models.vae.parameters()).device)))
+        later = rng.choice([-1, 1]) * rng.uniform(0.1, span)
+        for out, start in ((waves, begin), (shifted, begin + later)):
+            start = round(start * rate)
+            out.append(torch.from_numpy(clip.audio[start : start + round(seconds * rate)]))
+    latents = torch.cat(latents)
+    mel, moved = (models.cmmd.normalise(log_mel(torch.stack(x), front)).to(latents) for x in (waves, shifted))
+    rows = [{"t": t, **{f"{side}_{name}": float(value) for name, sound in (
+        ("right", mel), ("shifted", moved), ("swapped", mel.roll(1, 0))) for side, value in zip(
+            ("video", "audio"), levels_loss(models.cmmd, latents, sound, t).mean(0))}} for t in LEVELS]
+    result = {"n": args.n, "weights": args.weights, "machine": machine(args.device), "rows": rows,
+              **retrieval(models.cmmd, latents, mel)}
+    return pairs_table(result), result
 
 
 @torch.no_grad()
-def movement(path, fps, seconds=None, vae=None, size=64):
-    """`lower_movement`, where a speaker's mouth is, of a file's picture, through `vae` if given -> (T - 1,); a string
-    where there is no picture."""
-    try:
-        video = read_video(path, fps, size, seconds=seconds)
-    except ValueError as error:
-        return str(error)
-    return lower_movement(to_uint8(vae.decode(vae.encode(to_frames(video[None]))))[0] if vae else video)
+def levels_loss(model, latents, mel, t, seed=0, batch=16):
+    """Eq. 2 of pairs at one t, the noise the same for every call -> (N, 2), video then audio."""
+    noise = [torch.randn(x.shape[1:], generator=torch.Generator().manual_seed(seed + i)).to(x)
+             for i, x in enumerate((latents, mel))]
+    out = []
+    for video, audio in zip(latents.split(batch), mel.split(batch)):
+        times = levels(torch.full((len(video),), t).to(video), model.config.shift)
+        same = [n.expand_as(x) for n, x in zip(noise, (video, audio))]
+        out.append(joint_loss(model, video, audio, *times, *same))
+    return torch.cat(out)
 
 
-def lower_movement(frames):
-    """Frames uint8 (..., T, H, W, 3) -> mean absolute change from frame to frame in the lower middle (..., T - 1)."""
-    H, W = frames.shape[-3:-1]
-    part = frames[..., H // 2 :, W // 4 : W - W // 4, :].astype(np.float64)
-    return np.abs(np.diff(part, axis=-4)).mean(axis=(-3, -2, -1))
+def retrieval(model, latents, mel):
+    """Among CANDIDATES sounds, how often has a video's own one the lowest loss over LEVELS: of both sides together, and
+    of the video alone, since the sum favours quiet candidates (chance 1 / CANDIDATES)."""
+    whole, right = len(latents) // CANDIDATES * CANDIDATES, np.zeros(2)
+    for k in range(whole):
+        start = k // CANDIDATES * CANDIDATES
+        videos = latents[k : k + 1].expand(CANDIDATES, *latents.shape[1:])
+        losses = sum(levels_loss(model, videos, mel[start : start + CANDIDATES], t) for t in LEVELS)  # (CANDIDATES, 2)
+        right += [int(values.argmin()) == k - start for values in (losses.sum(1), losses[:, 0])]
+    both, video = right / whole if whole else (np.nan, np.nan)
+    return {"retrieval": float(both), "retrieval_by_video": float(video), "retrieval_n": whole}
 
 
-def flow_peaks(flow):
-    """Frames at which the flow from the frame before, (T - 1,) in px, is larger than on either side."""
-    flow = np.array([*flow[:1], *flow])
-    middle = flow[1:-1]
-    return 1 + np.flatnonzero((flow[:-2] < middle) & (middle > flow[2:]) & (middle >= STILL))
-
-
-def av_align(sound, picture, window=1 / FPS):
-    """TempoTokens' intersection over union of peak times (s): a sound takes the first free peak nearer than window."""
-    free, matched = list(picture), 0
-    for time in sound:
-        near = next((peak for peak in free if abs(time - peak) < window - 1e-9), None)
-        if near is not None:
-            free.remove(near)
-            matched += 1
-    union = len(sound) + len(picture) - matched
-    return matched / union if union else "no peaks at all"
-
-
-def hear(wave, config, picture="no picture", embedding=()):
-    """All that is measured of one sound (S,) at config.sample_rate -> Heard."""
-    wave = np.pad(wave, (0, max(0, config.n_fft - len(wave))))
-    mel = log_mel(torch.from_numpy(wave)[None], config)[0].numpy()
-    return Heard(onsets(mel, config.hop / config.sample_rate), mel.mean(axis=0, dtype=np.float64),
-                 *rhythm(wave, config.sample_rate), picture, embedding)
+def pairs_table(result):
+    """The markdown table, and the line below it."""
+    names = [f"{side}_{name}" for side in ("video", "audio") for name in ("right", "shifted", "swapped")]
+    lines = table(["t", *(name.replace("_", ", ") for name in names)],
+                  [(row["t"], *(f"{row[name]:.3f}" for name in names)) for row in result["rows"]])
+    return "\n".join(lines + ["", f"Mean squared velocity errors, n = {result['n']}. The right one of {CANDIDATES} "
+                              f"sounds has the lowest loss: {result['retrieval']:.3f}, by the video's alone "
+                              f"{result['retrieval_by_video']:.3f} (n = {result['retrieval_n']}, chance "
+                              f"{1 / CANDIDATES:.3f}); weights {result['weights']}; {result['machine']}."])
 
 
 # ---------------------------------------------------------------- folders of clips
@@ -1170,7 +1145,7 @@ def listen(pairs, args, embed, config, fps):
         seen = [(truth[0] if isinstance(moved, str) else peaks, moved) for peaks, moved in seen]  # a sound: truth's
         *made, true = (hear(wave, config, peaks, embed(path, wave) if embed else ())._replace(movement=moved)
                        for wave, path, (peaks, moved) in zip(waves, paths, [*seen, truth]))
-        again = Heard(*["no vocoder was given"] * 7)._replace(sound_peaks=true.sound_peaks)
+        again = Heard(sound_peaks=true.sound_peaks)
         if vocoder:
             again = hear(through_vocoder(waves[-1], vocoder), config, truth[0])
         if vae:
@@ -1217,108 +1192,6 @@ def expected(curves, train=()):
     if train:
         return [np.mean([x[:length] for x in train], axis=0)] * len(curves)
     return [(sum(curves) - x) / max(1, len(curves) - 1) for x in curves]
-
-
-# ---------------------------------------------------------------- scores of pairs
-
-# rows {name: statistic of pooled counts}; what of the output and of the truth they need; count: (output, truth) ->
-# counts, or a string that says why there are none. A sound is compared with its own clip's picture, not the truth's.
-Measure = namedtuple("Measure", "rows needs count")
-TABLE_2 = {"beat hit rate ±100 ms": "0.45 / 0.44 / 0.41", "beat hit rate ±500 ms": "0.89 / 0.91 / 0.89"}
-
-
-def beat_counts(made, true, tolerance):
-    """(hit rate, 1, matched, found, true): the first two average over clips, the others pool."""
-    if not len(true.beats):
-        return "no beat in the reference"
-    matched = len(match(made.beats, true.beats, tolerance))
-    return matched / len(true.beats), 1, matched, len(made.beats), len(true.beats)
-
-
-def align_counts(made, true):
-    """(AV-Align of the made sound with its picture, 1), or why there is none."""
-    value = av_align(made.sound_peaks, true.motion_peaks)
-    return value if isinstance(value, str) else (value, 1)
-
-
-def curve_counts(made, true, usual=0.0, constant="constant loudness"):
-    """(correlation over time of two curves (n,), as far as all go, less what is usual, 1), or why there is none."""
-    n = min(len(x) for x in (made, true, usual) if np.ndim(x))
-    value = envelope_correlation(made[None, :n], true[None, :n], usual[:n] if np.ndim(usual) else usual)[0]
-    return constant if np.isnan(value) else (value, 1)
-
-
-def active_counts(made, true):
-    """(frames loud in both, in the made sound, in the true one): above the median level."""
-    made, true = made.envelope > true.level, true.envelope > true.level
-    return (made & true).sum(), made.sum(), true.sum()
-
-
-def measures():
-    """Every score of pairs, in the order of the table."""
-    onset, beat, envelopes = (("onsets",) * 2, ("beats",) * 2, ("envelope",) * 2)
-    for ms in (50, 100):
-        yield Measure({f"onset {name} ±{ms} ms": lambda c, part=part: getattr(scores(c), part)
-                       for name, part in (("F1", "f1"), ("precision", "precision"), ("recall", "recall"))}, onset,
-                      lambda a, b, s=ms / 1000: (len(match(a.onsets, b.onsets, s)), len(a.onsets), len(b.onsets)))
-    for ms in (100, 500):
-        yield Measure({f"beat hit rate ±{ms} ms": lambda c: share(c[..., :2]),
-                       f"beat precision ±{ms} ms": lambda c: scores(c[..., 2:]).precision,
-                       f"beat F1 ±{ms} ms": lambda c: scores(c[..., 2:]).f1},
-                      beat, functools.partial(beat_counts, tolerance=ms / 1000))
-    yield Measure({"beats, generated ÷ true": lambda c: share(c[..., 3:])}, beat, lambda a, b: beat_counts(a, b, 0.1))
-    yield Measure({"CDCD beat coverage": lambda c: share(c[..., 1:]), "CDCD beat hit": lambda c: share(c[..., ::2])},
-                  ("bins",) * 2, lambda a, b: (len(np.intersect1d(a.bins, b.bins)), len(a.bins), len(b.bins)))
-    yield Measure({"AV-Align": share}, ("sound_peaks", "motion_peaks"), align_counts)
-    loudness = lambda a, b, *usual: curve_counts(a.envelope, b.envelope, *usual)
-    yield Measure({"envelope correlation": share}, envelopes, loudness)
-    yield Measure({"envelope correlation, residual": share}, envelopes, lambda a, b: loudness(a, b, b.typical))
-    yield Measure({"activity F1": lambda c: scores(c).f1}, envelopes, active_counts)
-    moves = lambda a, b, usual=0.0: curve_counts(a.movement, b.movement, usual, "a still picture")
-    yield Measure({"movement correlation": share}, ("movement",) * 2, moves)
-    yield Measure({"movement correlation, residual": share}, ("movement",) * 2, lambda a, b: moves(a, b, b.usual))
-
-
-def pair_rows(measure, clips):
-    """Rows of one measure over listened clips: value with its interval over clips, chance, ceiling."""
-    own = measure.needs[1] == "motion_peaks"
-    other = lambda made, true: made if own else true
-
-    def count(made, true):
-        needed = getattr(made, measure.needs[0]), getattr(true, measure.needs[1])
-        return next((why for why in needed if isinstance(why, str)), None) or measure.count(made, true)
-
-    kept = lambda counted: [c for c in counted if not isinstance(c, str)]
-    each = [[count(x, other(x, true)) for x in made] for made, true, _ in clips]
-    why = Counter(c for counted in each for c in counted if isinstance(c, str))
-    note = "; ".join(f"{n}: {reason}" for reason, n in why.items())
-    ours = [kept(counted) for counted in each]
-    per_clip = [sum_of(counted) for counted in ours if counted]
-    if not per_clip:
-        yield row(", ".join(measure.rows), note=note)
-        return
-    turns = np.unique(np.linspace(1, len(clips) - 1, ROTATIONS).astype(int))  # each pairs every clip with another
-    strange = [kept(count(x, other(y, clips[i - turn][1])) for turn in turns for x, y in zip(made, clips[i - turn][0]))
-               for i, (made, _, _) in enumerate(clips)]
-    both = [(sum_of(one), sum_of(wrong)) for one, wrong in zip(ours, strange) if one and wrong]
-    best = kept(count(again or true, true) for _, true, again in clips if again or own)
-    for name, statistic in measure.rows.items():
-        value, low, top = (float(statistic(sum_of(c))) if c else None for c in (per_clip, sum(strange, []), best))
-        gains = [np.nan_to_num(statistic(one)) - np.nan_to_num(statistic(wrong)) for one, wrong in both]
-        line = row(name, value, TABLE_2.get(name, ""), bootstrap(np.array(per_clip), statistic), low, top,
-                   sum(map(len, ours)), note, signed_rank(gains)[1])
-        yield line | {"counts": [sum_of(counted).tolist() if counted else None for counted in ours]}
-
-
-def sum_of(counts):
-    """Counts of N clips, added up."""
-    return np.sum(counts, axis=0, dtype=float)
-
-
-def row(metric, value=None, paper="", interval=(None, None), chance=None, ceiling=None, n=0, note="", p=None):
-    """A line of the table; `note`: what was skipped and why; p: of Wilcoxon's test against chance, clip by clip."""
-    return {"metric": metric, "paper": paper, "value": value, "low": interval[0], "high": interval[1],
-            "chance": chance, "p": p, "ceiling": ceiling, "n": n, "note": note}
 
 
 def fad_rows(clips, others, result):
@@ -1377,22 +1250,8 @@ def folders_table(result):
     notes = [f"Left out: {left[0]}" + (f", and {len(left) - 1} more" if left[1:] else "") + "."] if left else []
     notes += [f"Not asked for: {', '.join(result['not_asked'])}."] if result["not_asked"] else []
     title = (f"{result['generated']} against {result['reference']}: {result['clips']} clips, {result['draws']} draw(s) "
-             "of each. ¹ CMMD / nCMMD / MM-Diffusion on AIST++. ² The same outputs against other clips' truths. ³ The "
-             "truth as output: through --vocoder or --vae, with its own picture, or a part of the reference against "
-             "the rest. ⁴ Of being no better than chance, clip by clip (Wilcoxon).")
-    return "\n".join([*lines, "", title, *notes])
-
-
-def score_table(rows):
-    """The lines of a markdown table of `row`s."""
-    lines = []
-    digits = lambda x: "–" if x is None or np.isnan(x) else f"{x:.3f}" if abs(x) < 10 else f"{x:.1f}"
-    for line in rows:
-        interval = "" if line["low"] is None else f" [{digits(line['low'])}, {digits(line['high'])}]"
-        p = "–" if line["p"] is None else format(line["p"], ".1g")
-        lines.append((line["metric"], line["paper"], digits(line["value"]) + interval, digits(line["chance"]), p,
-                      digits(line["ceiling"]), line["n"], line["note"]))
-    return table(["metric", "paper¹", "ours [95 %]", "chance²", "p⁴", "ceiling³", "n", "skipped, notes"], lines)
+             "of each.")
+    return "\n".join([*lines, title, *notes])
 
 
 # ---------------------------------------------------------------- figures
@@ -1470,15 +1329,17 @@ def draw_steps(drawing, files):
     axis, lines = drawing.subplots(), {}
     for path in files:
         result = read_result(path)
-        if "settings" not in result or "steps" not in result["rows"][-1]:
+        steps = result.get("steps", {})
+        found = [line for line in result["rows"] if line.get("metric") == "F1 ±50 ms" and line["name"] in steps]
+        if not found:
             raise ValueError(f"{path}: no result of worlds; make it with: worlds ... --steps N --out {path}")
-        for row in result["rows"][2:]:
-            name = f"{row['name']}, {'DPM-Solver++' if result['settings'].get('sampler') == 'dpm' else 'DDIM'}"
-            lines.setdefault(name, []).append((row["steps"], row["f1_50"], *row["interval_50"]))
+        for line in found:
+            name = f"{line['name']}, {'DPM-Solver++' if result['settings'].get('sampler') == 'dpm' else 'DDIM'}"
+            lines.setdefault(name, []).append((steps[line["name"]], line["value"], line["low"], line["high"]))
     for name, points in lines.items():
         steps, f1, low, high = np.array(sorted(points)).T
         axis.errorbar(steps, f1, (f1 - low, high - f1), marker="o", capsize=3, label=name)
-    axis.axhline(result["rows"][1]["f1_50"], color="grey", ls="--", label="ceiling")
+    axis.axhline(found[0]["ceiling"], color="grey", ls="--", label="ceiling")
     tried = sorted({point[0] for points in lines.values() for point in points})
     axis.set(xscale="log", xlabel="steps", ylabel="F1 ±50 ms", xticks=tried, xticklabels=map(str, tried))
     axis.minorticks_off()
@@ -1723,6 +1584,93 @@ def vocoder_table(rows, args):
                                   f"{args.embedding or 'nothing (--embedding)'}; {machine('cpu')}."])
 
 
+# ---------------------------------------------------------------- speed
+
+def speed(args):
+    """The command `speed`: a markdown table, each length in a fresh process."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for seconds in args.seconds:
+            path, clip = Path(folder) / f"{seconds:g}.mp4", bounce(TEST_SEED, seconds=seconds)
+            write_clip(path, clip.video, fps=clip.fps)
+            rows.append({"seconds": seconds} | alone(timed_sample, path, args))
+    return speed_table(rows, args), {"weights": args.weights, "steps": args.steps, "machine": machine(args.device),
+                                     "rows": rows}
+
+
+def timed(calls, repeats, clock=time.perf_counter, wait=lambda: None):
+    """Seconds of each of several calls, taken in turns -> a list for each. wait() is for a GPU to end its work."""
+    spent = [[] for _ in calls]
+    for _, (call, seconds) in itertools.product(range(repeats), zip(calls, spent)):
+        start = clock()
+        call()
+        wait()
+        seconds.append(clock() - start)
+    return spent
+
+
+def alone(function, *arguments):
+    """What function(*arguments) returns in a fresh process, which has held nothing before. ValueError if that dies."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(function, *arguments).result()
+        except BrokenProcessPool:
+            raise ValueError(f"the process of {function.__name__} was killed: was there memory enough?") from None
+
+
+def timed_sample(path, args):
+    """Seconds by stage of `sample` on the video file `path`, weights loaded before, and peak memory in MiB.
+
+    It is `sample` itself that runs, with a stopwatch around what it calls; "other" is what lies between."""
+    spent = dict.fromkeys(("read", "encode", "generate", "decode", "write"), 0.0)
+
+    def watched(stage, function):
+        def call(*arguments, **options):
+            start = time.perf_counter()
+            try:
+                return function(*arguments, **options)
+            finally:
+                if models.cmmd.time.mlp[0].weight.is_cuda:
+                    torch.cuda.synchronize()  # or the next stage would wait for this one's work
+                spent[stage] += time.perf_counter() - start
+        return call
+
+    models = door.load_models(args.weights, args.device)
+    models.vae.encode = watched("encode", models.vae.encode)
+    models.vocoder.forward = watched("decode", models.vocoder.forward)
+    door.generate, door._video_input = watched("generate", door.generate), watched("read", door._video_input)
+    start = time.perf_counter()
+    clip = door.sample(path, steps=args.steps, models=models)
+    watched("write", clip.save)(path.with_suffix(".out.mp4"))
+    total = time.perf_counter() - start
+    spent["read"] -= spent["encode"]  # frames are encoded while they are read
+    return {**spent, "other": total - sum(spent.values()), "total": total, "peak_mib": peak_memory()}
+
+
+def peak_memory():
+    """This process's largest resident memory in MiB, without its ffmpeg children.
+
+    Linux's VmHWM, because getrusage there also counts what the parent held when it started this process."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) / 1024
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 1024)
+
+
+def speed_table(rows, args):
+    """One line per length, in seconds."""
+    stages = [key for key in rows[0] if key not in ("seconds", "peak_mib")]
+    lines = table(["video", *stages, "per second of video", "peak memory"], [
+        (f"{row['seconds']:g} s", *(f"{row[stage]:.2f}" for stage in stages), f"{row['total'] / row['seconds']:.3f}",
+         f"{row['peak_mib']:.0f} MiB") for row in rows])
+    return "\n".join(lines + ["", "Seconds, after import and loading, one fresh process per length; "
+                              f"weights {args.weights}, {args.steps} steps; {machine(args.device)}."])
+
+
 # ---------------------------------------------------------------- ports
 
 PORTS = ("VAE encode", "VAE decode", "MelGAN", "mel")  # against diffusers, diffusers, melgan-neurips, librosa
@@ -1731,25 +1679,23 @@ PORTS = ("VAE encode", "VAE decode", "MelGAN", "mel")  # against diffusers, diff
 def ports(args):
     """The command `ports`: our networks beside the originals, same weights and input, in time and memory."""
     torch.set_num_threads(args.threads)
-    if args.child:
-        return print(json.dumps(memory_of_call(port_pair(args.child[0], args)[args.child[1] == "theirs"])))
     if "MelGAN" in args.only and not args.melgan:
         print("MelGAN is left out: it needs --melgan, a clone of descriptinc/melgan-neurips", file=sys.stderr)
     rows = [port_row(what, args) for what in PORTS if what in args.only and (what != "MelGAN" or args.melgan)]
     lengths = (64, 600) if "VAE decode" in args.only else ()  # 64 frames of 32 x 32 are the most decoded at a time
-    long = {n: port_memory("VAE decode", "ours", n, 32, args) for n in lengths}
+    long = {n: alone(port_memory, "VAE decode", 0, n, 32, args) for n in lengths}
     result = {"frames": args.frames, "size": args.size, "repeats": args.repeats, "machine": machine("cpu"),
               "rows": rows, "long": long}
     return ports_table(result), result
 
 
-def port_pair(what, args):
+def port_pair(what, frames, size, args):
     """Two functions without arguments that compute the same, (ours, theirs), each -> a tensor."""
     torch.manual_seed(0)
     try:
         if what == "MelGAN":
             return melgan_pair(args.melgan)
-        return mel_pair() if what == "mel" else vae_pair(what, args.frames, args.size)
+        return mel_pair() if what == "mel" else vae_pair(what, frames, size)
     except ImportError as error:
         raise ValueError(f"the comparison of {what} needs {error.name}: pip install diffusers librosa") from None
 
@@ -1818,22 +1764,23 @@ def port_row(what, args):
     """One comparison: medians of interleaved repeats in this process, peak memory of each in a fresh one.
 
     Times are of the processor, so what else a machine does counts little; they are seconds where threads are 1."""
-    pair = port_pair(what, args)
+    pair = port_pair(what, args.frames, args.size, args)
     apart = float((pair[0]() - pair[1]()).abs().max())  # also warms up
     seconds = timed(pair, args.repeats, time.process_time)
     del pair
-    memory = [port_memory(what, side, args.frames, args.size, args) for side in ("ours", "theirs")]
+    memory = [alone(port_memory, what, side, args.frames, args.size, args) for side in (0, 1)]
     print(f"{what} done", file=sys.stderr, flush=True)
     return {"what": what, "apart": apart, "seconds": [float(np.median(x)) for x in seconds],
             "ranges": [[min(x), max(x)] for x in seconds], "mib": memory}
 
 
 def port_memory(what, side, frames, size, args):
-    """Peak memory in MiB of one call in a fresh process, beyond what stood before it and what it returns. Blocks above
-    64 KiB go back at once when freed, so that it is what the call holds and not what the allocator keeps."""
-    clone = ["--melgan", args.melgan] if args.melgan else []
-    return in_process("ports", "--child", what, side, "--frames", frames, "--size", size, "--threads", args.threads,
-                      *clone, env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"})
+    """Peak memory in MiB of one call of ours (side 0) or the original's (1). Blocks above 64 KiB go back at once when
+    freed, so that it is what the call holds and not what the allocator keeps."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).mallopt(-3, 2**16)  # M_MMAP_THRESHOLD
+    torch.set_num_threads(args.threads)
+    return memory_of_call(port_pair(what, frames, size, args)[side])
 
 
 def memory_of_call(function):
@@ -1880,8 +1827,6 @@ def bench(args):
     """The command `bench`: one pass of the model, the same of MM-Diffusion, and steps of training, each in a fresh
     process: parameters, GFLOP, seconds and peak memory."""
     torch.set_num_threads(args.threads)
-    if args.child:
-        return print(json.dumps(bench_row(args.child, args)))
     try:
         [replace(CMMDConfig(**SIZES[size]), **args.config) for size in args.sizes]
     except TypeError as error:
@@ -1892,19 +1837,17 @@ def bench(args):
     for size, what in itertools.product(args.sizes, (what for what in BENCH if what in args.only)):
         if what == "mm-diffusion" and (not args.mm_diffusion or size != args.sizes[0]):
             continue
-        more = ["--mm-diffusion", args.mm_diffusion] if args.mm_diffusion else []
-        more += ["--config", json.dumps(args.config)] if args.config else []
-        rows.append(in_process("bench", "--child", what, "--sizes", size, "--batch", args.batch, "--repeats",
-                               args.repeats, "--threads", args.threads, "--device", args.device, *more))
+        rows.append(alone(bench_row, what, size, args))
     result = {"rows": rows, "batch": args.batch, "repeats": args.repeats, "machine": machine(args.device),
               "device": args.device}
     return bench_table(result), result
 
 
-def bench_row(what, args):
+def bench_row(what, name, args):
     """One row, measured in this process: median and range of the repeats after a first one, which tells the memory."""
     from torch.utils.flop_counter import FlopCounterMode
-    cuda, name = "cuda" in args.device, args.sizes[0]
+    torch.set_num_threads(args.threads)
+    cuda = "cuda" in args.device
     wait = torch.cuda.synchronize if cuda else lambda: None
     call, parameters, clips = mm_diffusion_pass(args) if what == "mm-diffusion" else model_call(what, name, args)
     before = torch.cuda.memory_allocated() if cuda else 0
@@ -2057,7 +2000,6 @@ def arguments():
     speed_ = commands.add_parser("speed", help="seconds by stage and peak memory of sampling sound for a video file")
     speed_.add_argument("--seconds", type=float, nargs="+", default=[10, 100, 600],
                         help="lengths (default: %(default)s)")
-    speed_.add_argument("--child", help=argparse.SUPPRESS)  # the file to time, in the fresh process
     worlds_.add_argument("--steps", type=int, help="of the sampler (default: cmmd.sampling_times)")
     speed_.add_argument("--steps", type=int, default=3, help="sampler steps (default: %(default)s)")
     for command in (worlds_, speed_, pairs_):
@@ -2119,7 +2061,6 @@ def ports_arguments(commands):
     beside.add_argument("--melgan", help="a clone of descriptinc/melgan-neurips")
     beside.add_argument("--frames", type=int, default=18, help="(default: %(default)s)")
     beside.add_argument("--size", type=int, default=128, help="of their sides in pixels (default: %(default)s)")
-    beside.add_argument("--child", nargs=2, help=argparse.SUPPRESS)  # what and whose to measure, in the fresh process
     speeds = commands.add_parser("bench", help="passes and training steps beside MM-Diffusion's: time, FLOPs, memory")
     speeds.add_argument("--only", nargs="+", default=BENCH, choices=BENCH, help="(default: all)")
     speeds.add_argument("--sizes", nargs="+", default=list(SIZES), choices=SIZES, help="(default: both)")
@@ -2127,7 +2068,6 @@ def ports_arguments(commands):
     speeds.add_argument("--mm-diffusion", metavar="CLONE", help="a clone of researchmm/MM-Diffusion")
     speeds.add_argument("--batch", type=int, default=8, help="of the steps of training (default: %(default)s)")
     speeds.add_argument("--device", default="cpu", help="(default: %(default)s)")
-    speeds.add_argument("--child", help=argparse.SUPPRESS)  # what to measure, in the fresh process
     for command in (beside, speeds):
         command.add_argument("--repeats", type=int, default=5, help="(default: %(default)s)")
         command.add_argument("--threads", type=int, default=1, help="(default: %(default)s)")

@@ -3525,14 +3525,28 @@ def test_evaluate_scores_closed_forms():
         evaluate.event_counts([[1.0]], [], 0.05)
 
 
-def test_evaluate_chance():
-    assert evaluate.chance([[0.1], [0.5], [0.9]], [[0.1], [0.5], [0.9]], 0.05).f1 == 0  # no clip fits another's
-    assert evaluate.chance([[0.1], [0.1]], [[0.1], [0.1]], 0.05).f1 == 1
+def world_rows(found, true):
+    """{metric: row} of lists of `Events`, as `worlds` scores them."""
+    clips = [([one], other, None) for one, other in zip(found, true)]
+    return {row["metric"]: row for measure in evaluate.world_measures()
+            for row in evaluate.pair_rows(measure, clips, rotations=len(clips))}
+
+
+def test_evaluate_chance_is_the_mean_over_all_other_clips():
+    events = lambda times: [evaluate.Events(each, [0] * len(each)) for each in times]
+    chance = lambda found, true, ms: world_rows(events(found), events(true))[f"F1 ±{ms} ms"]["chance"]
+    assert chance([[0.1], [0.5], [0.9]], [[0.1], [0.5], [0.9]], 50) == 0  # no clip fits another's
+    assert chance([[0.1], [0.1]], [[0.1], [0.1]], 50) == 1
+    assert chance([[0.1], [0.5], [0.9]], [[0.1], [0.1], [0.5]], 50) == 2 / 6  # of 6 pairs: 0 with 1, 1 with 2
     rng = np.random.default_rng(0)  # one event each, uniform in 1 s: P(|a - b| <= w) = 2w - w^2
-    found, true = rng.uniform(0, 1, (2, 300, 1))
-    assert abs(evaluate.chance(found, true, 0.1).f1 - 0.19) < 0.02
-    with pytest.raises(ValueError, match="two clips"):
-        evaluate.chance([[1.0]], [[1.0]], 0.05)
+    found, true = rng.uniform(0, 1, (2, 200, 1))
+    assert abs(chance(found, true, 100) - 0.19) < 0.02
+
+
+def test_evaluate_kinds_count_where_times_match():
+    found, true = evaluate.Events([0.1, 0.5, 0.9], [1, 2, 3]), evaluate.Events([0.12, 0.52, 1.5], [1, 4, 3])
+    assert evaluate.kind_counts(found, true) == (1, 2)
+    assert world_rows([found] * 2, [true] * 2)["kind right"]["value"] == 0.5
 
 
 def test_evaluate_bootstrap():
@@ -3562,14 +3576,16 @@ def test_evaluate_onset_flux_closed_form():
 
 def test_evaluate_raw_ceiling_chance_and_pitch_of_bounce():
     clips = [bounce(seed) for seed in range(600_000, 600_060)]
-    mels, true = true_mels(clips), [clip.times for clip in clips]
-    found = [evaluate.onsets(mel, HOP_SECONDS) for mel in mels]
-    assert evaluate.scores(evaluate.event_counts(found, true, 0.05).sum(0)).f1 >= 0.96
-    assert 0.10 <= evaluate.chance(found, true, 0.05).f1 <= 0.25  # 0.18 over 1,000 clips
-    errors = [f[i] - t[j] for f, t in zip(found, true) for i, j in evaluate.match(f, t, 0.05)]
+    mels = true_mels(clips)
+    found = evaluate.impacts(mels, VocoderConfig())
+    rows = world_rows(found, clips)
+    assert rows["F1 ±50 ms"]["value"] >= 0.96 and rows["kind right"]["value"] >= 0.97
+    assert 0.10 <= rows["F1 ±50 ms"]["chance"] <= 0.25  # 0.18 over 1,000 clips
+    assert 0.10 <= rows["kind right"]["chance"] <= 0.30
+    names = {"f1_50": "F1 ±50 ms", "f1_100": "F1 ±100 ms", "pitch": "kind right"}
+    assert evaluate.sound_scores(mels, clips, VocoderConfig()) == {k: rows[name]["value"] for k, name in names.items()}
+    errors = [f.times[i] - t.times[j] for f, t in zip(found, clips) for i, j in evaluate.match(f.times, t.times, 0.05)]
     assert abs(np.mean(errors)) < 0.002
-    pitch = evaluate.pitch_counts(mels, found, clips, HOP_SECONDS, evaluate.pitch_templates(VocoderConfig()))
-    assert evaluate.share(pitch.sum(0)) >= 0.97
 
 
 def test_evaluate_pitch_of_pure_tones():
@@ -3624,8 +3640,8 @@ def test_evaluate_write_result(tmp_path):
 
 def picture_scores(world, clips, videos):
     """F1 at 50 and 100 ms of the events seen in the videos, and how often their kind is right."""
-    row = evaluate.picture_row("", videos, clips, world)
-    return row["f1_50"], row["f1_100"], row["kind"]
+    rows = world_rows([evaluate.picture_events(video, 10, world) for video in videos], clips)
+    return [row["value"] for row in rows.values()]
 
 
 @pytest.mark.parametrize("world, least", [(bounce, (0.84, 0.91, 0.98)), (dance, (0.93, 0.95, 0.98))])
@@ -4255,17 +4271,19 @@ def test_evaluate_results_of_another_kind_are_refused_in_one_line(tmp_path, caps
 
 def test_evaluate_compare_pairs_clips(tmp_path, capsys):
     """Perfect sounds against sounds 70 ms late: all of F1 at 50 ms, nothing at 100; other seeds are refused."""
-    times = [bounce(seed, size=0).times for seed in range(20)]
+    clips = [bounce(seed, size=0) for seed in range(20)]
     for name, late in (("right", 0.0), ("late", 0.07)):
-        rows = [{"name": "clean"} | evaluate.event_row([t + late for t in times], times)]
+        rows = world_rows([clip._replace(times=clip.times + late) for clip in clips], clips)
+        rows = [{"name": "clean"} | row for row in rows.values()]
         content = {"seeds": [0, 19], "seconds": 1.8, "world": "bounce", "make": "sound", "rows": rows}
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     (tmp_path / "other.json").write_text(json.dumps(content | {"seeds": [1, 20]}))
     (tmp_path / "old.json").write_text(json.dumps(content | {"rows": [{"name": "clean"}]}))
     assert not evaluate.main(["compare", str(tmp_path / "right.json"), str(tmp_path / "late.json")])
-    at_50, at_100 = capsys.readouterr().out.splitlines()
+    at_50, at_100, kinds = capsys.readouterr().out.splitlines()
     assert "clean, F1 ±50 ms: +1.000 [+1.000, +1.000]" in at_50 and "(n = 20, 0 clips alike)" in at_50
     assert "+0.000 [+0.000, +0.000]" in at_100 and "20 clips alike" in at_100
+    assert "clean, kind right: " in kinds
     assert evaluate.main(["compare", str(tmp_path / "right.json"), str(tmp_path / "other.json")]) == 2
     assert "same clips" in capsys.readouterr().err
     (tmp_path / "folders.json").write_text(json.dumps({"rows": [{"metric": "AV-Align"}]}))
@@ -4336,11 +4354,12 @@ def test_evaluate_figure_of_a_training(tmp_path, capsys):
 
 def test_evaluate_figure_of_steps(tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="figures need matplotlib")
-    row, files = {"f1_50": 0.9, "interval_50": [0.8, 1.0], "counts_50": [[1, 2, 2]]}, []
+    row, files = {"metric": "F1 ±50 ms", "value": 0.9, "low": 0.8, "high": 1.0, "ceiling": 0.95}, []
     for steps, sampler in ((2, "ddim"), (4, "ddim"), (2, "dpm")):
-        rows = [{"name": name, "steps": steps} | row for name in ("true", "chain", "clean")]
+        rows = [{"name": name} | row for name in ("true", "chain", "clean")]
         files.append(tmp_path / f"{steps}{sampler}.json")
-        files[-1].write_text(json.dumps({"settings": {"sampler": sampler}, "rows": rows}))
+        result = {"settings": {"sampler": sampler}, "steps": {"clean": steps}, "rows": rows}
+        files[-1].write_text(json.dumps(result))
     assert not evaluate.main(["figure", "steps", str(tmp_path / "a.png"), *map(str, files)])
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     files[0].write_text(json.dumps({"rows": rows}))
@@ -4585,10 +4604,8 @@ def test_weights_make_the_sounds_of_held_out_clips(trained, tmp_path):
         assert abs(len(made.audio) - len(clip.audio)) < 320
         waves.append(made.audio[: len(clip.audio)])
     mels = true_mels([clip._replace(audio=wave) for clip, wave in zip(clips, waves)])
-    found = [evaluate.onsets(mel, HOP_SECONDS) for mel in mels]
-    assert evaluate.scores(evaluate.event_counts(found, [clip.times for clip in clips], 0.05).sum(0)).f1 > 0.8
-    pitch = evaluate.pitch_counts(mels, found, clips, HOP_SECONDS, evaluate.pitch_templates(VocoderConfig()))
-    assert evaluate.share(pitch.sum(0)) > 0.6  # chance: 0.2
+    found = evaluate.sound_scores(mels, clips, VocoderConfig())
+    assert found["f1_50"] > 0.8 and found["pitch"] > 0.6  # chance: 0.2
 
 
 @shipped
@@ -4623,19 +4640,23 @@ def test_weights_worlds_score_the_truth_as_the_chain_ceiling(trained, tmp_path, 
     assert evaluate.main(words) == 0
     said, result = capsys.readouterr().out, json.loads((tmp_path / "a.json").read_text())
     assert given == [(make == "sound", make == "picture", round(seconds * 10))] * 2
-    raw, chain, made = result["rows"]
-    assert (made["counts_50"], made["f1_100"]) == (chain["counts_50"], chain["f1_100"])
-    assert result["of_ceiling"][0]["share_50"] == 1 and "F1 ÷ chain ceiling 1.000 [1.000, 1.000]" in said
-    assert raw["f1_100"] > (0.6 if world == "dance" else 0.8)
+    raw, chain, made = ({row["metric"]: row for row in result["rows"] if row["name"] == name} for name in (
+        dict.fromkeys(row["name"] for row in result["rows"])))
+    for ms in (50, 100):
+        assert made[f"F1 ±{ms} ms"]["counts"] == chain[f"F1 ±{ms} ms"]["counts"]
+        assert made[f"F1 ±{ms} ms"]["note"] == "1.000 [1.000, 1.000] of the ceiling"
+    assert ("kind right" in made) == ((world, make) != ("dance", "sound") and (world, make) != ("dance", "both"))
+    assert raw["F1 ±100 ms"]["value"] > (0.6 if world == "dance" else 0.8)
+    assert result["steps"] == {"joint" if make == "both" else "clean": {"sound": 3, "picture": 6, "both": 25}[make]}
     if make != "picture":
-        assert raw["frechet"] < 1e-9 < made["frechet"] == pytest.approx(chain["frechet"], rel=1e-4)
-        assert "Fréchet distances to the true" in said
+        raw, chain, made = (rows["Fréchet distance"]["value"] for rows in (raw, chain, made))
+        assert raw < 1e-9 < made == pytest.approx(chain, rel=1e-4) and "Fréchet distances are on" in said
     if make == "both":
         assert result["variety"]["made"] == result["variety"]["world"] and "events a clip" in said
     if (world, make) == ("dance", "sound"):
-        rates = {row["metric"]: row for row in result["beats"]}
-        assert "clean: beat hit rate ±100 ms" in said
-        assert rates["clean: beat hit rate ±100 ms"]["value"] == rates["clean: beat hit rate ±100 ms"]["ceiling"]
+        rates = {row["metric"]: row for row in result["rows"] if row["name"] == "clean"}
+        assert "| clean: beat hit rate ±100 ms |" in said
+        assert rates["beat hit rate ±100 ms"]["value"] == rates["beat hit rate ±100 ms"]["ceiling"]
 
 
 @pytest.mark.slow
