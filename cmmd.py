@@ -25,6 +25,7 @@ import time
 import zipfile
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import repeat
 from numbers import Integral
 from pathlib import Path
@@ -639,6 +640,7 @@ def draw_negatives(x, shifted, others, dim, shares=(1, 1, 1)):
 
 
 CONDITIONS = ("clean", "replace", "guide")  # how a given side enters
+TURNS = 2  # where neither side is given: how often sound and picture are made anew, each for the other
 GUIDED = 0.5  # "clean" guides at noise levels above this: what is late are details, which guidance only roughens
 
 
@@ -663,27 +665,54 @@ def generate(model: CMMD, video: torch.Tensor | None = None, audio: torch.Tensor
     condition, how the given side enters: "clean" at its own t = 0 (ours), with guidance w (default: 2 for pictures, 0
     for sounds) away from the prediction that does not see it, at t > 0.5; "replace" noised to the current level
     (Eq. 5), where guidance does nothing; "guide" also pulled down the gradient of its own reconstruction (Eq. 3) with
-    lambda = guidance (default 1). Neither says anything of a side that is given in part: what is kept of that stands,
-    as in Eq. 5, at the noise level of all that is made.
-    steps: by default 3 for sounds and 6 for pictures, 10 by "replace" and "guide", 25 where no side is given whole: see
+    lambda = guidance (default 1). Where no side is given whole, "clean" makes a picture that hears nothing, then sound
+    and picture by turns, each for the other (ours: Gibbs sampling); "replace" and "guide" make both at once, as the
+    paper does. What is kept of a side stands, as in Eq. 5, at the noise level of what is made of it.
+    steps: by default 3 for sounds and 6 for pictures, 10 by "replace" and "guide", 25 for both at once: see
     `sampling_times`.
     sampler: "ddim" with `stochasticity` s in [0, 1] (0 DDIM, 1 fresh noise at every step) or "dpm", DPM-Solver++(2M).
     seeds: one a sample; the same seed gives the same noise on any device and in any batch. Clips longer than a training
     window are cut into windows every `stride` frames, `window_batch` at a time, whose predictions are blended at every
     step. progress(done, steps) is called after each step. ValueError for arguments that do not fit together."""
     check_sampling(steps, condition, guidance, stochasticity, sampler)
-    config, given = model.config, _given_whole((video, audio), keep)
-    device = next(model.parameters()).device
-    video, audio = known = [x if x is None else x.to(device).float() for x in (video, audio)]
-    H, W = [config.size // 8] * 2 if video is None else video.shape[3:]
-    fills = [] if video is None else [video.shape[1]]
-    if audio is not None:  # as many as the mel reaches into
-        fills.append(math.floor((audio.shape[2] - 1) * config.hop * config.fps / config.sample_rate + 1e-6) + 1)
-    T = video.shape[1] if given == 0 else max(fills) if frames is None and fills else frames
+    config, given, device = model.config, _given_whole((video, audio), keep), next(model.parameters()).device
+    known = [x if x is None else x.to(device).float() for x in (video, audio)]
+    T = _frames_that_fill(known, given, frames, config)
     if not T or T < 1 or not len(seeds) or any(len(seeds) != len(x) for x in known if x is not None):
         raise ValueError(f"generate needs at least one frame and one seed a sample; got {T} frames, {len(seeds)} seeds")
-    windows = Windows(T, config, stride, window_batch)
-    L = mel_frames(T, config) if given != 1 else audio.shape[2]
+    make = partial(_make, model, Windows(T, config, stride, window_batch), T, seeds, guidance, sampler, stochasticity)
+    parts = [(condition, given)]
+    if given is None and condition == "clean":
+        parts = [("alone", 1), *[("clean", 0), ("clean", 1)] * TURNS, ("clean", 0)]
+    times = [sampling_times(steps, side, way) for way, side in parts]
+    total, done, made = sum(len(t) - 1 for t in times), 0, list(known)
+    for (way, side), t in zip(parts, times):
+        given_now = [made[i] if i == side else x for i, x in enumerate(known)]
+        kept_now = [None if i == side else mask for i, mask in enumerate(keep)]
+        tell = progress and (lambda step, _, before=done: progress(before + step, total))
+        made, done = make(given_now, kept_now, side, way, t, tell), done + len(t) - 1
+    return tuple(made)
+
+
+def _frames_that_fill(known, given, frames, config):
+    """How many frames the clip has: those of a whole video, else those asked for, else as many as what is given fills.
+    """
+    video, audio = known
+    if given == 0 or frames is None and audio is None:
+        return None if video is None else video.shape[1]
+    if frames is not None:
+        return frames
+    heard = math.floor((audio.shape[2] - 1) * config.hop * config.fps / config.sample_rate + 1e-6) + 1  # mel reaches
+    return heard if video is None else max(heard, video.shape[1])
+
+
+def _make(model, windows, T, seeds, guidance, sampler, stochasticity, known, keep, given, condition, times, progress):
+    """Make the side that is not `given`, or both if it is None, down the noise levels `times` -> [video, audio].
+
+    condition "alone": the side `given` is nothing but noise; None stands in its place."""
+    config, device = model.config, next(model.parameters()).device
+    H, W = [config.size // 8] * 2 if known[0] is None else known[0].shape[3:]
+    L = known[1].shape[2] if given == 1 and known[1] is not None else mel_frames(T, config)
     shapes = (windows.T, config.latent_channels, H, W), (config.mel_bins, windows.L)
     generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
     draw = lambda side: torch.stack([torch.randn(shapes[side], generator=g) for g in generators]).to(device)
@@ -692,16 +721,16 @@ def generate(model: CMMD, video: torch.Tensor | None = None, audio: torch.Tensor
     if given is not None and condition == "clean" and not guidance:
         noise[given] = None  # drawn so that the generators go on alike, then never seen
     kept = [(side, known[side], mask.to(device)) for side, mask in enumerate(keep) if mask is not None]
-    shift = 1 if condition == "clean" and given is not None else config.shift  # only one side is noisy there
+    shift = 1 if condition in ("clean", "alone") else config.shift  # only one side is noisy there
     predict = _predictor(model, windows, None if given is None else known[given], given, condition, guidance, shift)
-    x = integrate(lambda *a: put_back(predict(*a), kept), noise, given,
-                  sampling_times(steps, given, condition), sampler, stochasticity, draw, progress, shift)
+    x = integrate(lambda *a: put_back(predict(*a), kept), noise, given, times, sampler, stochasticity, draw, progress,
+                  shift)
     if given is not None:
         x[given] = known[given]
-    if L > x[1].shape[2]:  # the last mel frame, if it only begins within the video, repeats the one before
-        x[1] = F.pad(x[1], (0, L - x[1].shape[2]), mode="replicate")
+    if x[1] is not None and L > x[1].shape[2]:  # the last mel frame, if it only begins within the video, repeats the
+        x[1] = F.pad(x[1], (0, L - x[1].shape[2]), mode="replicate")  # one before
     video, audio = put_back(x, kept)
-    return video[:, :T], audio[:, :, :L]
+    return [video[:, :T], None if audio is None else audio[:, :, :L]]
 
 
 def put_back(x, kept):
@@ -775,8 +804,8 @@ def sampling_times(steps=None, given=None, condition="clean"):
 
     Sound of a clean video: equal steps, 3 unless told otherwise. Else 1 - (i / steps)^2, dense at high noise, where
     what happens when is decided and where a training draws most of its times (`draw_times`: 1 - u^2): 6 for pictures
-    of a clean sound, 10 by "replace" and "guide", 25 where no side is given whole."""
-    steps = steps or (25 if given is None else 10 if condition != "clean" else (3, 6)[given])
+    of a clean sound, or alone, 10 by "replace" and "guide", 25 for both at once."""
+    steps = steps or (25 if given is None else 10 if condition in ("replace", "guide") else (3, 6)[given])
     power = 1 if given == 0 and condition == "clean" else 2
     return [1 - (i / steps) ** power for i in range(steps + 1)]
 
@@ -812,8 +841,8 @@ def dpm_step(x_t, x_0, x_0_before, t, t_next, t_before):
 
 def _predictor(model, windows, known, given, condition, guidance, shift):
     """How the given side enters, as a function predict(x, t, noise) -> [video, audio] clean, for `integrate`. In its
-    place the model sees: "clean": itself, at t = 0; "replace" and "guide": itself, noised to t; none given: what has
-    been made of it so far, at t."""
+    place the model sees: "clean": itself, at t = 0; "alone": noise, at t = 1; "replace" and "guide": itself, noised to
+    t; none given: what has been made of it so far, at t."""
 
     def at(x, times):
         out = windows.velocities(model, x, times, given)
@@ -823,13 +852,18 @@ def _predictor(model, windows, known, given, condition, guidance, shift):
     def joint(x, t, noise):
         return at(x, levels(t, shift))
 
-    def clean(x, t, noise):
+    def beside(x, t, other, level):
         x, times = list(x), [t, t]
-        x[given], times[given] = known, 0.0
-        seeing, made = at(x, times), 1 - given
+        x[given], times[given] = other, level
+        return at(x, times)
+
+    def alone(x, t, noise):
+        return beside(x, t, noise[given], 1.0)
+
+    def clean(x, t, noise):
+        seeing, made = beside(x, t, known, 0.0), 1 - given
         if guidance and t > GUIDED:
-            x[given], times[given] = noise[given], 1.0
-            push_away(seeing[made], at(x, times)[made], guidance)
+            push_away(seeing[made], alone(x, t, noise)[made], guidance)
         return seeing
 
     def noised(x, t, noise):
@@ -842,7 +876,7 @@ def _predictor(model, windows, known, given, condition, guidance, shift):
         pulled = x_0 - guidance * signal * gradient
         return [None, pulled] if given == 0 else [pulled, None]
 
-    return joint if given is None else clean if condition == "clean" else noised
+    return joint if given is None else {"clean": clean, "alone": alone}.get(condition, noised)
 
 
 def push_away(x, blind, guidance):

@@ -53,7 +53,7 @@ import torch
 
 from cmmd import (
     CMMD, CONDITIONS, SIZES, CMMDConfig, Parser, atomic, contrastive_loss, fast_autocast, generate, joint_loss,
-    json_object, levels, number, sample as door, sampling_times, usable_device, whole_mel_frames)
+    json_object, levels, number, sample as door, usable_device, whole_mel_frames)
 from cmmd.data import (
     KIND_HUE, KIND_PITCH, SOUND_TYPES, TEMPI, TRAINING_SEED, VIDEO_TYPES, WORLDS, bounce, check_output,
     find_sources, probe, read_audio, read_video, share_of, write_clip)
@@ -894,22 +894,23 @@ def worlds(args):
     models = load_models(args.weights, args.device)
     settings = {key: getattr(args, key) for key in ("steps", "guidance", "stochasticity", "sampler")
                 if getattr(args, key) is not None}
-    given = {"sound": 0, "picture": 1, "both": None}[args.make]
     result = {key: getattr(args, key) for key in ("world", "make", "n", "seconds", "weights")}
     result |= {"seeds": [args.seed_start, args.seed_start + args.n - 1], "settings": settings,
                "embedding": args.embedding, "machine": machine(args.device)}
     with tempfile.TemporaryDirectory() as folder:
         seeds = range(args.seed_start, args.seed_start + args.n)
         world = Worlds(models, args.world, args.make, seeds, args.seconds, args.batch, folder, embed)
-        rows, result["steps"] = world.ceilings(), {}
-        for condition in ["joint"] if args.make == "both" else args.condition:
-            start, way = time.perf_counter(), {} if args.make == "both" else {"condition": condition}
-            made = world.generate(**way, **settings)
+        rows, result["steps"], result["variety"] = world.ceilings(), {}, {}
+        for condition in [way for way in args.condition if args.make != "both" or way != "guide"]:  # as "replace"
+            start = time.perf_counter()
+            made = world.generate(condition=condition, **settings,
+                                  progress=lambda done, of: result["steps"].update({condition: of}))
             rows += world.scored(condition, *made)
-            result["steps"][condition] = len(sampling_times(args.steps, given, condition)) - 1
+            if args.make == "both":
+                result["variety"][condition] = world.spread(*made)
             print(f"{condition}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
         if args.make == "both":
-            result["variety"] = {"made": world.spread(*made), "world": world.spread(world.latents, world.mel)}
+            result["variety"]["the world's own"] = world.spread(world.latents, world.mel)
         beats = beat_rows(world.found) if args.world == "dance" and args.make == "sound" else []
         result |= {"rows": beside_ceiling(rows) + beats, "found": world.found, **world.quality()}
     return worlds_table(result), result
@@ -965,11 +966,11 @@ def worlds_table(result):
              f"VAE PSNR {result['vae_psnr']:.2f} dB (8 x bicubic {result['bicubic_psnr']:.2f} dB). "
              f"Vocoder mel L1 {vocoder['mel_l1']:.3f} (Griffin-Lim {slow['mel_l1']:.3f}), "
              f"STFT distance {vocoder['stft']:.3f} ({slow['stft']:.3f})."]
-    if "variety" in result:
-        made, world = result["variety"]["made"], result["variety"]["world"]
+    if result["variety"]:
         figures = lambda values: ", ".join(f"{value:.3g}" for value in values)
-        lines += ["", *table(["variety", "made", "the world's own"],
-                             [(key, figures(made[key]), figures(world[key])) for key in made])]
+        lines += ["", *table(["variety", *result["variety"]], [
+            (key, *(figures(one[key]) for one in result["variety"].values()))
+            for key in result["variety"]["the world's own"]])]
     return "\n".join(lines)
 
 
@@ -1991,7 +1992,8 @@ def arguments():
     for command in (worlds_, clips_):
         command.add_argument("--seconds", type=number(0.1, 7200), default=1.8, help="length of a clip (default: "
                              "%(default)s)")
-    worlds_.add_argument("--condition", nargs="*", default=CONDITIONS, choices=CONDITIONS, help="(default: all three)")
+    worlds_.add_argument("--condition", nargs="*", default=CONDITIONS, choices=CONDITIONS, help="(default: all; of both "
+                         "sides, guide is replace)")
     worlds_.add_argument("--guidance", type=float)
     worlds_.add_argument("--stochasticity", type=float)
     worlds_.add_argument("--sampler", choices=["ddim", "dpm"])

@@ -559,8 +559,8 @@ def _arguments(argv):
         parser.add_argument(f"--make-{name}", type=float, nargs=2, metavar=("START", "END"), help="make only this "
                             f"stretch (in seconds; inf: to the end) of the {whose}, and keep the rest")
     parser.add_argument("--weights", default="worlds", help="name in weights/, or a folder (default: %(default)s)")
-    parser.add_argument("--steps", type=int, help="denoising steps (default: 3 for sounds, 6 for pictures, 25 "
-                        "where neither side is given whole)")
+    parser.add_argument("--steps", type=int, help="denoising steps (default: 3 for sounds, 6 for pictures, 10 by "
+                        "replace and guide, 25 where these make both)")
     parser.add_argument("--condition", default="clean", choices=CONDITIONS, help="how what is given enters")
     parser.add_argument("--guidance", type=number(), help="strength of the guidance (default: the condition's own)")
     parser.add_argument("--stochasticity", type=number(0, 1), default=0.0, help="share of the noise that is drawn "
