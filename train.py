@@ -44,8 +44,8 @@ from cmmd.evaluate import (
 from cmmd.sample import picture, write_png
 from cmmd.vae import VAE, VAEConfig, fingerprint, quick_start, to_frames, to_uint8, vae_loss
 from cmmd.vocoder import (
-    Discriminator, DiscriminatorConfig, Vocoder, VocoderConfig, add_weight_norm, discriminator_loss, generator_loss,
-    log_mel, loud_stft_loss, mel_loss,
+    Discriminator, Vocoder, VocoderConfig, add_weight_norm, discriminator_loss, generator_loss, log_mel, loud_stft_loss,
+    mel_loss,
 )
 
 VALIDATION_SEED = 500_000  # worlds from here on choose settings; those from 0 on are the test set
@@ -417,7 +417,7 @@ def train_vocoder(args):
     (ours), which learns tones far sooner."""
     generator = add_weight_norm(initial(Vocoder, vocoder.load, SMALL_VOCODER, args))
     config = generator.config
-    discriminator = Discriminator(DiscriminatorConfig(max_channels=args.discriminator_channels)).to(args.device)
+    discriminator = Discriminator(args.discriminator_channels).to(args.device)
     sources = open_data(args, lambda folder, cache: cache_sounds(folder, cache, config.sample_rate))
     sounds = SoundBatches(args.batch, args.seed, args.seconds, config.sample_rate, training_share(args, sources))
     state = State({"vocoder": generator, "discriminator": discriminator}, "vocoder", args, betas=(0.8, 0.99))

@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 import cmmd
-from cmmd import first_few, fit_tensors, no_autocast, number, read_tensors
+from cmmd import fit_tensors, no_autocast, number, read_tensors
 
 FLOOR = 1e-5  # magnitudes below it count as silence: log10 -> -5
 SLOPE = 0.2  # of every leaky ReLU
@@ -235,44 +235,25 @@ class Vocoder(nn.Module):
         return plain.train(self.training)
 
 
-@dataclass(frozen=True)
-class DiscriminatorConfig:
-    """Sizes of MelGAN's multi-scale discriminator; the defaults are the original's (16.9 M parameters)."""
-
-    scales: int = 3  # full rate, half, quarter
-    base: int = 16  # channels of the first layer, a multiple of 4
-    layers: int = 4  # strided layers, each multiplying the channels by `stride`
-    stride: int = 4
-    max_channels: int = 1024
-
-    def __post_init__(self):
-        if min(self.scales, self.layers, self.stride, self.base) < 1 or self.base % 4 or self.max_channels % self.base:
-            raise ValueError(f"DiscriminatorConfig: base must be a multiple of 4 that divides max_channels, got {self}")
-
-
 class Discriminator(nn.Module):
-    """MelGAN's multi-scale discriminator, weight-normed. Wave (B, S) -> per scale, a list of features (B, C, S').
+    """MelGAN's multi-scale discriminator, weight-normed: wave (B, S) -> for full, half and quarter rate a list of
+    features (B, C, S'), C at most `max_channels`, a multiple of 16; the original's 1024 make 16.9 M parameters.
 
     The last feature of each scale is its score (B, 1, S'): 1 for real and 0 for made, under the losses below."""
 
-    Config = DiscriminatorConfig
-
-    def __init__(self, config=DiscriminatorConfig()):
+    def __init__(self, max_channels=1024):
         super().__init__()
-        self.config = config
-        self.scales = add_weight_norm(nn.ModuleList(self._scale(config) for _ in range(config.scales)))
+        self.scales = add_weight_norm(nn.ModuleList(self._scale(max_channels) for _ in range(3)))
 
     @staticmethod
-    def _scale(c):
-        """The convolutions of one scale: wide, `layers` strided and grouped ones, two at the lowest rate."""
-        convs = [nn.Conv1d(1, c.base, 15, padding=7, padding_mode="reflect")]
-        width = c.base
-        for _ in range(c.layers):
-            wider = min(width * c.stride, c.max_channels)
-            convs.append(nn.Conv1d(width, wider, 10 * c.stride + 1, c.stride, padding=5 * c.stride, groups=width // 4))
-            width = wider
-        wider = min(width * 2, c.max_channels)
-        return nn.ModuleList([*convs, nn.Conv1d(width, wider, 5, padding=2), nn.Conv1d(wider, 1, 3, padding=1)])
+    def _scale(most):
+        """The convolutions of one scale: wide, four strided and grouped ones, two at the lowest rate."""
+        widths = [min(16 * 4**i, most) for i in range(5)]
+        last = min(2 * widths[-1], most)
+        return nn.ModuleList([
+            nn.Conv1d(1, widths[0], 15, padding=7, padding_mode="reflect"),
+            *(nn.Conv1d(a, b, 41, 4, padding=20, groups=a // 4) for a, b in zip(widths, widths[1:])),
+            nn.Conv1d(widths[-1], last, 5, padding=2), nn.Conv1d(last, 1, 3, padding=1)])
 
     def forward(self, wave):
         x, results = wave[:, None], []  # (B, S) -> (B, 1, S)
@@ -309,7 +290,7 @@ class GeneratorLoss(NamedTuple):
     mel: torch.Tensor
 
 
-def generator_loss(real, fake, wave, output, config, feature_weight=2.0, mel_weight=45.0):
+def generator_loss(real, fake, wave, output, config):
     """HiFi-GAN Eq. 2, 3, 4 and 5: how far `output` (B, S) is from passing for `wave` (B, S).
 
     `real`, `fake` are the discriminator's results for the two. Features are matched over every layer, the score
@@ -317,7 +298,7 @@ def generator_loss(real, fake, wave, output, config, feature_weight=2.0, mel_wei
     adversarial = sum((f[-1].float() - 1).square().mean() for f in fake)
     features = sum(F.l1_loss(b.float(), a.detach().float()) for r, f in zip(real, fake) for a, b in zip(r, f))
     mel = mel_loss(output, wave, config)
-    return GeneratorLoss(adversarial + feature_weight * features + mel_weight * mel, adversarial, features, mel)
+    return GeneratorLoss(adversarial + 2 * features + 45 * mel, adversarial, features, mel)
 
 
 def loud_stft_loss(output, wave):
@@ -417,9 +398,6 @@ def load(path: str | os.PathLike, **mel_settings) -> Vocoder:
 
 def _sizes(tensors, mel_settings):
     """The config that the folded tensors of a melgan-neurips generator imply; its published one if they don't tell."""
-    unknown = set(mel_settings) - {"sample_rate", "n_fft", "f_min", "f_max"}
-    if unknown:
-        raise ValueError(f"{first_few(sorted(unknown))}: read off the tensors, cannot be given")
     mel = dict(sample_rate=22050, n_fft=1024) | mel_settings
     mel.setdefault("f_max", mel["sample_rate"] / 2)
     places = sorted({int(n.split(".")[1]) for n in tensors if re.fullmatch(r"model\.\d+\.(weight|bias)", n)})
