@@ -158,14 +158,13 @@ def whole_mel_frames(T, config):
 class TimeEmbedding(nn.Module):
     """t_video, t_audio (B,) -> (B, E): sinusoids of both, one after the other, through one MLP."""
 
-    def __init__(self, width, size=64):
+    def __init__(self, width):
         super().__init__()
-        self.size = size
-        self.mlp = nn.Sequential(nn.Linear(2 * size, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+        self.mlp = nn.Sequential(nn.Linear(128, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
 
     def forward(self, t_video, t_audio):
-        rates = torch.exp(torch.linspace(0, math.log(1000.0), self.size // 2, device=t_video.device))
-        angles = torch.stack([t_video, t_audio], dim=1).float()[..., None] * rates  # (B, 2, size/2)
+        rates = torch.exp(torch.linspace(0, math.log(1000.0), 32, device=t_video.device))
+        angles = torch.stack([t_video, t_audio], dim=1).float()[..., None] * rates  # (B, 2, 32)
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).flatten(1))
 
 
@@ -185,10 +184,18 @@ class Attention(nn.Module):
 
 
 def turned_heads(x, heads, positions):
-    """x (N, S, 3C) -> queries and keys, turned by rotary `positions` (S,), and values, each (N, heads, S, C/heads)."""
+    """x (N, S, 3C) -> queries and keys, turned by rotary `positions` (S,) (Su et al., RoFormer), and values, each
+    (N, heads, S, C/heads)."""
     q, k, v = x.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
-    turn = rotary(positions, v.shape[-1])
-    return rotate(q, turn), rotate(k, turn), v
+    half = v.shape[-1] // 2
+    angles = positions[:, None] * 1000.0 ** (-torch.arange(half, device=positions.device) / half)  # (S, C/heads/2)
+    cos, sin = angles.cos(), angles.sin()
+
+    def turn(x):
+        a, b = x.chunk(2, dim=-1)
+        return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+    return turn(q), turn(k), v
 
 
 def attend(q, k, v):
@@ -196,20 +203,6 @@ def attend(q, k, v):
     scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
     h = scores.softmax(dim=-1).to(v.dtype) @ v  # torch's fused one is 10 times slower in bf16 backward on a CPU
     return h.transpose(1, 2).flatten(2)
-
-
-def rotary(positions, d):
-    """cos and sin, each (S, d/2), of positions (S,) under d/2 frequencies (Su et al., RoFormer)."""
-    rates = 1000.0 ** (-torch.arange(d // 2, device=positions.device) / (d // 2))
-    angles = positions[:, None] * rates
-    return angles.cos(), angles.sin()
-
-
-def rotate(x, turn):
-    """Rotate the two halves of x (..., S, d) against each other by `rotary`'s angles."""
-    cos, sin = turn
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
 def zeroed(module):
@@ -1110,10 +1103,9 @@ def fit_tensors(path, tensors, names, module, kind, known):
     return module.eval()
 
 
-def first_few(names, count=4):
-    """Names for an error message: the first `count`, and how many there are if that is not all."""
-    names = list(names)
-    return (", ".join(names[:count]) or "none") + (f", ... ({len(names)} in all)" if len(names) > count else "")
+def first_few(names):
+    """Names for an error message: the first four, and how many there are if that is not all."""
+    return (", ".join(names[:4]) or "none") + (f", ... ({len(names)} in all)" if len(names) > 4 else "")
 
 
 REFUSED = (ValueError, ImportError, OSError, torch.cuda.OutOfMemoryError)  # told in one line
