@@ -17,6 +17,7 @@ Letters: T video frames, H W height and width, S samples. Frames are uint8 (T, H
 
 import csv
 import functools
+import itertools
 import math
 import os
 import random
@@ -28,6 +29,7 @@ import time
 import warnings
 import zlib
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -159,17 +161,9 @@ class Video:
         self.seconds = self.media.seconds  # by the header, until the frames have been read
 
     def __iter__(self):
-        chunk = []
-        for frame in self._sampled():
-            chunk.append(frame)
-            if len(chunk) == self.chunk:
-                yield self._stack(chunk)
-                chunk = []
-        if chunk:
-            yield self._stack(chunk)
-
-    def _stack(self, frames):
-        return np.frombuffer(bytearray().join(frames), np.uint8).reshape(-1, self.size, self.size, 3)
+        frames = self._sampled()
+        while chunk := list(itertools.islice(frames, self.chunk)):
+            yield np.frombuffer(bytearray().join(chunk), np.uint8).reshape(-1, self.size, self.size, 3)
 
     def _sampled(self):
         """Yield the bytes of frame 0, 1, ...: each source frame lasts until the next one's time."""
@@ -211,10 +205,9 @@ def read_audio(path: str | os.PathLike, sample_rate: int = 16000, start: float =
         raise ValueError(f"{path}: has no sound; give a file with a sound track")
     filters = (f"asetpts=PTS-({media.start + start:.6f})/TB,"
                f"aresample={sample_rate}:async=1:first_pts=0:rematrix_maxval=1,aformat=channel_layouts=mono")
-    seek = ["-ss", f"{start:.6f}", "-noaccurate_seek"] if start else []
     stretch = [] if seconds is None else ["-t", f"{seconds:.6f}"]
-    result = _run(["-copyts", *seek, *_source(path), "-map", "0:a:0", "-af", filters, *stretch,
-                   "-f", "f32le", "pipe:1"], check=False)
+    result = _run(["-copyts", *_source(path, start), "-map", "0:a:0", "-af", filters, *stretch, "-f", "f32le",
+                   "pipe:1"], check=False)
     _finished(path, result.returncode)
     wave = np.frombuffer(result.stdout, np.float32)
     peak = max(wave.max(initial=0), -wave.min(initial=0))  # no copy: an hour is 230 MB
@@ -240,8 +233,7 @@ def _decode(path, media, size, start, log):
     """Yield (time after `start` in s, duration in s, rgb24 bytes) of every frame; `log` counts errors and damage."""
     filters = ("settb=1/1000000,crop=w='max(1,min(iw,ih/sar))':h='max(1,min(ih,iw*sar))':exact=1,"
                f"scale={size}:{size}:flags=area+accurate_rnd+full_chroma_int,format=rgb24,showinfo=checksum=0")
-    seek = ["-ss", f"{start:.6f}", "-noaccurate_seek"] if start else []
-    command = _ffmpeg(["-copyts", *seek, *_source(path), "-map", "0:V:0", "-vf", filters, "-fps_mode", "passthrough",
+    command = _ffmpeg(["-copyts", *_source(path, start), "-map", "0:V:0", "-vf", filters, "-fps_mode", "passthrough",
                        "-enc_time_base", "1/1000000", "-f", "rawvideo", "pipe:1"])
     shown, wanted, pipe = Queue(), size * size * 3, subprocess.PIPE
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe)
@@ -318,8 +310,11 @@ def add_audio(source: str | os.PathLike, wave: np.ndarray, sample_rate: int, pat
     kind, media = path.suffix.lower(), probe(source)
     if not media.video:
         raise ValueError(f"{source}: has no picture to add a sound to; give a video file")
-    packed = _picture_seconds(source, media)
-    length = _decoded_seconds(source) if packed is None else packed
+    length = packed = _picture_seconds(source, media)
+    if packed is None:  # only decoding tells
+        for _ in (frames := Video(source, size=1)):
+            pass
+        length = frames.seconds
     cut = ["-t", f"{seconds:.6f}"] if seconds and seconds < length - 0.02 else []
     S = round((seconds if cut else length) * sample_rate)
     wave = _wave(wave)[:S]
@@ -363,14 +358,6 @@ def _picture_seconds(path, media):
     return (packets[-1][0] + last) * int(base[1]) / int(base[2]) - media.start
 
 
-def _decoded_seconds(path):
-    """Length of the picture, by decoding it."""
-    video = Video(path, size=1)
-    for _ in video:
-        pass
-    return video.seconds
-
-
 def _wave(audio):
     """A wave as contiguous float32 (S,), or ValueError."""
     audio = np.ascontiguousarray(audio, dtype=np.float32)
@@ -393,8 +380,10 @@ def _even(kind):
 # ---- ffmpeg
 
 
-def _source(path):
-    return ["-protocol_whitelist", "file,pipe", "-i", f"file:{path}"]
+def _source(path, start=0.0):
+    """Arguments that name an input, from `start` s on or, where only some frames can be cut at, a little earlier."""
+    seek = ["-ss", f"{start:.6f}", "-noaccurate_seek"] if start else []
+    return [*seek, "-protocol_whitelist", "file,pipe", "-i", f"file:{path}"]
 
 
 def _ffmpeg(arguments):
@@ -967,8 +956,7 @@ class FileCache:
     def share(self, share):
         """The sources for "training", "validation" or "test", by `share_of`."""
         keep = [i for i, name in enumerate(self.names) if share_of(name) == share]
-        columns = self.names, self.paths, self.lengths, self.sizes
-        return FileCache(*(tuple(column[i] for i in keep) for column in columns))
+        return FileCache(*(tuple(x[i] for i in keep) for x in (self.names, self.paths, self.lengths, self.sizes)))
 
     def read(self, index, start=0, stop=None):
         """A slice of source `index`, as stored: int16 (S,) or uint8 (T, size, size, 3)."""
@@ -1051,7 +1039,7 @@ def _fill(entry, cache, decode, kind, shortest=1, around=0.0):
     found, rows, skipped, said = {}, [], [], time.monotonic()
     for count, source in enumerate(random.sample(sources, len(sources)), 1):  # each process in its own order
         path = cache / f"{_identity(source, kind)}.safetensors"
-        found[source] = str(path), *(_cached(path) or _decode_into(path, source, decode))
+        found[source] = str(path), *_decoded(path, source, decode)
         if time.monotonic() > said + 10:
             said = time.monotonic()
             print(f"{entry}: decoding, {count} of {len(sources)}", flush=True)
@@ -1078,17 +1066,10 @@ def _identity(source, kind):
     return sha256(f"{source.path} {found.st_size} {found.st_mtime_ns} {kind}{span}".encode()).hexdigest()[:24]
 
 
-def _cached(path):
-    """(None, the length) of a source in the cache; None if it is not there, or torn."""
-    try:
-        with safe_open(str(path), framework="np") as file:
-            return None, file.get_slice("latents" if "latents" in file.keys() else "data").get_shape()[0]
-    except (FileNotFoundError, SafetensorError):
-        return None
-
-
-def _decode_into(path, source, decode):
-    """Decode one source into the cache -> why it cannot be used, or None, and its length."""
+def _decoded(path, source, decode):
+    """One source into the cache, unless it is there, whole -> why it cannot be used, or None, and its length."""
+    with suppress(FileNotFoundError, SafetensorError), safe_open(str(path), framework="np") as file:
+        return None, file.get_slice("latents" if "latents" in file.keys() else "data").get_shape()[0]
     try:
         tensors, header = decode(source.path, source.start, source.seconds)
     except ValueError as error:
