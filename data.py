@@ -953,6 +953,9 @@ class FileCache:
     lengths: tuple
     sizes: tuple
 
+    def __len__(self):
+        return len(self.names)
+
     def share(self, share):
         """The sources for "training", "validation" or "test", by `share_of`."""
         keep = [i for i, name in enumerate(self.names) if share_of(name) == share]

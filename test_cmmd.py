@@ -3334,7 +3334,7 @@ def test_train_processes_with_other_files_are_refused(tmp_path, monkeypatch):
         gather = lambda found, own: found.__setitem__(slice(None), [own, own if other == "same" else ["x"]])
         monkeypatch.setattr(train.dist, "all_gather_object", gather)
         with nullcontext() if other == "same" else pytest.raises(ValueError, match="the same files"):
-            assert train.open_data(args, lambda entry, folder: cache) == [cache]
+            assert train.open_data(args, lambda entry, folder: cache)[0] == [cache]
 
 
 def test_train_writes_for_tensorboard_where_it_is_installed(tmp_path, monkeypatch):

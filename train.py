@@ -61,13 +61,11 @@ FREE = ("out", "cache", "device", "threads", "workers", "log_every", "eval_every
 class State:
     """All that a run must keep: networks, one AdamW each, the EMA of the main one, the step and the settings."""
 
-    def __init__(self, networks, main, args, betas=(0.9, 0.999), weight_decay=0.01):
+    def __init__(self, networks, main, args, betas=(0.9, 0.999)):
         self.networks, self.main, self.step = networks, main, 0
         self.ema = copy.deepcopy(networks[main]).eval().requires_grad_(False)
-        self.optimizers = {
-            name: torch.optim.AdamW(net.parameters(), lr=0.0, betas=betas, weight_decay=weight_decay, fused=True)
-            for name, net in networks.items()
-        }
+        self.optimizers = {name: torch.optim.AdamW(net.parameters(), lr=0.0, betas=betas, weight_decay=0.01, fused=True)
+                           for name, net in networks.items()}
         sizes = {f"config {key}": value for key, value in asdict(networks[main].config).items()}
         shared = {key: value for key, value in vars(args).items() if key not in (*FREE, "config")}
         self.settings = json.loads(json.dumps(shared | sizes))  # as it comes back from a file
@@ -289,8 +287,9 @@ def clip_seed(seed, item):
 
 
 def open_data(args, decode):
-    """What --data names: worlds stay names, a folder becomes decode(folder, cache), a FileCache. Resuming is refused
-    where the files changed."""
+    """What --data names -> the sources to train on, one an entry, and {entry: source} of what no step sees. A world
+    stays its name, of which other seeds are meant then; a folder becomes decode(folder, cache), a FileCache, and two of
+    its shares. ValueError where all of its files are held out; resuming is refused where they changed."""
     cache = args.cache or Path(args.out) / "cache"
     sources = [entry if entry in WORLDS else decode(entry, cache) for entry in args.data]
     args.files = [source.fingerprint() for source in sources if isinstance(source, FileCache)]
@@ -300,27 +299,14 @@ def open_data(args, decode):
         if found.count(args.files) < args.processes:
             raise ValueError("the processes could not decode the same files of --data; start again, what is there "
                              "stays")
-    return sources
-
-
-def training_share(args, sources):
-    """`open_data`'s sources without the files that are held out. ValueError where none is left."""
-    shares = [source.share("training") if isinstance(source, FileCache) else source for source in sources]
-    for entry, share in zip(args.data, shares):
-        if isinstance(share, FileCache) and not share.names:
+    training, unseen = ([source.share(share) if isinstance(source, FileCache) else source for source in sources]
+                        for share in ("training", "validation"))
+    for entry, own, other in zip(args.data, training, unseen):
+        if not own:
             raise ValueError(f"{entry}: all of its files are held out, by their names (data.share_of); add more files")
-    return shares
-
-
-def held_out(args, sources):
-    """By entry of --data what no step sees: the name of a world, whose validation seeds are meant, or the validation
-    share of a folder, if that holds any."""
-    shares = {entry: source.share("validation") if isinstance(source, FileCache) else source
-              for entry, source in zip(args.data, sources)}
-    for entry, share in shares.items():
-        if isinstance(share, FileCache) and not share.names:
+        if not other:
             print(f"{entry}: too few files for any to be held out: it is not evaluated", flush=True)
-    return {entry: share for entry, share in shares.items() if not isinstance(share, FileCache) or share.names}
+    return training, {entry: source for entry, source in zip(args.data, unseen) if source}
 
 
 # ---- Autoencoder
@@ -349,8 +335,8 @@ class FrameBatches:
 def train_vae(args):
     """The autoencoder on single frames. A new one's scale and shift are measured at the end, on fresh clips."""
     network = initial(VAE, vae.load, SMALL_VAE, args)
-    sources = open_data(args, cache_frames)
-    frames = FrameBatches(args.batch, args.seed, sources=training_share(args, sources))
+    training, unseen = open_data(args, cache_frames)
+    frames = FrameBatches(args.batch, args.seed, training)
     if not args.init:
         quick_start(network, replace(frames, batch=240)[10**6][0].to(args.device))
     for part in (network.encoder, network.quant_conv) if args.freeze_encoder else ():
@@ -368,14 +354,11 @@ def train_vae(args):
             return source.frames(0, 240)
         return np.concatenate([WORLDS[source](VALIDATION_SEED + i, fps=5 / 3).video for i in range(80)])
 
-    unseen = {name: draw(source) for name, source in held_out(args, sources).items()}
+    unseen = {name: to_frames(draw(source))[None].to(args.device) for name, source in unseen.items()}
 
     def evaluate(ema):
-        figures = {}
-        for name, video in unseen.items():
-            x = to_frames(video)[None].to(args.device)
-            figures[f"held_out_psnr {name}"] = float(psnr(ema.decode(ema.encode(x)) / 2, x / 2).mean())
-        return figures
+        score = lambda x: float(psnr(ema.decode(ema.encode(x)) / 2, x / 2).mean())
+        return {f"held_out_psnr {name}": score(x) for name, x in unseen.items()}
 
     def finish(ema):
         if not args.init:
@@ -418,8 +401,8 @@ def train_vocoder(args):
     generator = add_weight_norm(initial(Vocoder, vocoder.load, SMALL_VOCODER, args))
     config = generator.config
     discriminator = Discriminator(args.discriminator_channels).to(args.device)
-    sources = open_data(args, lambda folder, cache: cache_sounds(folder, cache, config.sample_rate))
-    sounds = SoundBatches(args.batch, args.seed, args.seconds, config.sample_rate, training_share(args, sources))
+    training, unseen = open_data(args, lambda folder, cache: cache_sounds(folder, cache, config.sample_rate))
+    sounds = SoundBatches(args.batch, args.seed, args.seconds, config.sample_rate, training)
     state = State({"vocoder": generator, "discriminator": discriminator}, "vocoder", args, betas=(0.8, 0.99))
 
     def update(state, batch):
@@ -439,22 +422,18 @@ def train_vocoder(args):
         parts = {name: getattr(loss, name).detach() for name in ("mel", "adversarial", "features")}
         return losses | parts | {"critic": critic.detach()}
 
-    seconds, rate = 3.2, config.sample_rate
-
-    def draw(source, i):
+    def draw(source, i, seconds=3.2):
         if isinstance(source, FileCache):
-            return source.wave(i, round(seconds * rate))
-        return WORLDS[source](VALIDATION_SEED + i, seconds, size=0, sample_rate=rate).audio
+            return source.wave(i, round(seconds * config.sample_rate))
+        return WORLDS[source](VALIDATION_SEED + i, seconds, size=0, sample_rate=config.sample_rate).audio
 
-    unseen = {name: [draw(source, i) for i in range(8)] for name, source in held_out(args, sources).items()}
+    unseen = {name: torch.from_numpy(np.stack([draw(source, i) for i in range(8)])).to(args.device)
+              for name, source in unseen.items()}
 
+    @torch.no_grad()
     def evaluate(ema):
-        figures = {}
-        for name, waves in unseen.items():
-            wave = torch.from_numpy(np.stack(waves)).to(args.device)
-            with torch.no_grad():
-                figures[f"held_out_mel {name}"] = float(mel_loss(ema(log_mel(wave, config)), wave, config))
-        return figures
+        score = lambda wave: float(mel_loss(ema(log_mel(wave, config)), wave, config))
+        return {f"held_out_mel {name}": score(wave) for name, wave in unseen.items()}
 
     return run(state, sounds, update, evaluate, args, lambda ema: ema.folded())
 
@@ -499,9 +478,9 @@ class PairBatches:
         return out
 
     def window(self, clip, k, move_video=0.0, move_audio=0.0):
-        """The clip's picture and wave from frame k on, each moved by so many seconds."""
+        """The clip's picture and wave from frame k on, each moved by so many seconds, the picture by whole frames."""
         c = self.config
-        return (clip.picture(k + whole_frames(move_video, clip.fps), c.frames),
+        return (clip.picture(k + round(move_video * clip.fps), c.frames),
                 clip.sound(k / clip.fps + move_audio, c.frames / c.fps))
 
     def move(self, rng, k, clip):
@@ -530,11 +509,6 @@ class PairBatches:
             for (i, _), clip in zip(fresh, encode_clips(clips, self.vae)):
                 out[i] = clip
         return out
-
-
-def whole_frames(move, fps):
-    """A move in seconds as frames: none if it is 0, else at least one, so that what is shifted differs."""
-    return int(math.copysign(max(1, round(abs(move) * fps)), move)) if move else 0
 
 
 def another(i, batch, sources):
@@ -580,8 +554,8 @@ def train_cmmd(args):
     joint contrastive loss (Eq. 6), with --margin its bounded form."""
     autoencoder = vae.load(args.vae).to(args.device)
     model = initial_model(autoencoder, args)
-    sources = open_data(args, lambda entry, cache: encoded_files(entry, cache, autoencoder, model.config, args))
-    training = training_share(args, sources)
+    decode = lambda entry, cache: encoded_files(entry, cache, autoencoder, model.config, args)
+    training, unseen = open_data(args, decode)
     if not args.init:
         level = mel_level(training, model.config, args)
         model.config = replace(model.config, **{key: x for key, x in level.items() if key not in args.config})
@@ -620,7 +594,7 @@ def train_cmmd(args):
         return {name: x.mean() for name, x in parts.items() if len(x) or batch[2:]}
 
     unseen = [HeldOut(entry, source, autoencoder, config, args.device, dict(zip(args.data, training))[entry])
-              for entry, source in held_out(args, sources).items()] if args.rank == 0 else []
+              for entry, source in unseen.items()] if args.rank == 0 else []
 
     def evaluate(ema):
         figures = {}
@@ -797,18 +771,14 @@ TRAININGS = {"vae": train_vae, "vocoder": train_vocoder, "cmmd": train_cmmd}
 
 def check(args):
     """Refuse, before any work, what cannot run."""
+    usable_device(args.device)
     if args.init and args.size:
         raise ValueError("--init brings its own sizes; leave out --size")
     if args.batch % (args.processes * args.accumulate) or (args.processes > 1 and args.task != "cmmd"):
         raise ValueError(f"--batch {args.batch} for {args.processes} processes and --accumulate {args.accumulate}: it "
                          "must be a multiple of their product, and only cmmd trains in several processes")
-    if args.task == "cmmd":
-        check_shares(args)
-    usable_device(args.device)
-
-
-def check_shares(args):
-    """Refuse shares of nothing, Eq. 6 without negatives, and levels in the wrong order."""
+    if args.task != "cmmd":
+        return
     if args.eta and (args.batch < 2 or round(args.negatives * args.batch) < 1):
         raise ValueError(f"--eta {args.eta:g} with --negatives {args.negatives:g} of --batch {args.batch}: not one "
                          "sample has negatives; raise either")
