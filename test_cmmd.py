@@ -3252,6 +3252,20 @@ def test_train_a_loss_that_explodes_stops_a_peak_does_not(tmp_path):
         assert train.watch(usual, {"late": math.nan if step < 150 else 9.0, "small": 0.0 if step < 20 else 1.0}, step)
 
 
+def test_train_goes_on_in_another_number_of_processes(tmp_path):
+    """Which give the same weights, to rounding. Older checkpoints hold the number of theirs."""
+    stop = lambda step, loss: loss * math.nan if step == 34 else loss
+    with pytest.raises(ValueError, match="step 34"):
+        run_line(tmp_path, spoil=stop, processes=2)
+    tensors, settings = load_file(tmp_path / CHECKPOINT), {"lr": 0.1, "processes": 2}
+    assert step_of(tmp_path / CHECKPOINT) == 30
+    save_file(tensors, tmp_path / CHECKPOINT, {"step": "30", "settings": json.dumps(settings)})
+    assert torch.equal(run_line(tmp_path).weight, run_line(tmp_path / "straight").weight)
+    assert step_of(tmp_path / CHECKPOINT) == 60
+    with pytest.raises(ValueError, match="lr 0.1, not 0.2"):
+        run_line(tmp_path, lr=0.2)
+
+
 def test_train_torn_newest_checkpoint_falls_back_to_the_one_before(tmp_path, capsys):
     straight = run_line(tmp_path / "straight", score=lambda step: step)
     for name, spoil in {"torn": lambda path: path.write_bytes(path.read_bytes()[:99]), "none": Path.unlink}.items():

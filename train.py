@@ -52,7 +52,7 @@ VALIDATION_SEED = 500_000  # worlds from here on choose settings; those from 0 o
 SMALL_VAE = VAEConfig(channels=(16, 32, 64, 96), blocks=1, groups=4, latent_channels=8)
 SMALL_VOCODER = VocoderConfig(base=16, mel_mean=-3.9, mel_std=1.0)
 FREE = ("out", "cache", "device", "threads", "workers", "log_every", "eval_every", "save_every",  # may differ on resume
-        "accumulate", "compile", "rank", "world")
+        "accumulate", "compile", "rank", "processes")
 
 
 # ---- The skeleton
@@ -131,7 +131,7 @@ class State:
         with safe_open(str(path), framework="pt") as file:
             tensors, header = {k: file.get_tensor(k) for k in file.keys()}, file.metadata()
         for key, then in json.loads(header["settings"]).items():
-            if self.settings.get(key) != then:
+            if key not in FREE and self.settings.get(key) != then:
                 raise ValueError(f"{path}: was started with {key} {then}, not {self.settings.get(key)}; "
                                  "give the same settings to go on, or another --out")
         self.step = int(header["step"])
