@@ -158,7 +158,7 @@ def _read(video, audio, seconds, make_video, make_audio, fps, sample_rate, model
     frames = wave = latents = mel = None
     lengths = [1.8] if video is None and audio is None else []
     if video is not None:
-        frames, latents, length = _video_input(video, fps, seconds, models, progress or _silent)
+        frames, latents, length = _video_input(video, fps, seconds, models, progress)
         seconds = length if make_video is None else seconds
         lengths.append(length)
     if audio is not None:
@@ -176,7 +176,7 @@ def _read(video, audio, seconds, make_video, make_audio, fps, sample_rate, model
 def _together(requests, given):
     """Make what is missing of several equally long clips at once -> the Clip of each, or the exception that tells why
     there is none, one after the other."""
-    models, tell = requests[0]["models"], requests[0]["progress"] or _silent
+    models, tell = requests[0]["models"], requests[0]["progress"]
     join = lambda parts, how: None if parts[0] is None else how(parts)
     latents, mel = (join([getattr(one, name) for one in given], torch.cat) for name in ("latents", "mel"))
     keep = [join(masks, torch.stack) for masks in zip(*(one.keep for one in given))]
@@ -215,10 +215,6 @@ def _with_sound(given, mel, models):
     return Clip(given.frames, wave, config.fps, config.sample_rate, given.source)
 
 
-def _silent(what, done, of):
-    """A progress that tells nothing."""
-
-
 def _checked(request):
     """The arguments of `sample`, `audio` being the video file itself where its own sound is meant. ValueError, before
     anything is loaded, for what cannot work."""
@@ -230,7 +226,7 @@ def _checked(request):
             goes_on = seconds and media.seconds and seconds > media.seconds
             request = request | {"audio": video, "make_audio": (media.seconds, None) if goes_on else None}
     _check(**request)
-    return request
+    return request | {"progress": request["progress"] or (lambda *told: None)}
 
 
 def _check(video, audio, seconds, make_video, make_audio, fps, sample_rate, steps, condition, guidance,
@@ -319,7 +315,7 @@ def _check_fit(folder, vae, vocoder, model):
             raise ValueError(f"{folder / 'vocoder.safetensors'}: its {name} is {theirs}, the model's is {ours}; "
                              "take the vocoder that the model was trained with")
     ours, theirs = model.config, vae.config
-    if theirs.latent_channels != ours.latent_channels or theirs.factor != 8 or ours.size % 8:
+    if theirs.latent_channels != ours.latent_channels or theirs.factor != 8:
         raise ValueError(f"{folder / 'vae.safetensors'}: {theirs.latent_channels} channels, 1/{theirs.factor} size; "
                          f"the model wants {ours.latent_channels} for frames of {ours.size} px")
     if ours.latents and ours.latents != fingerprint(vae):
@@ -489,11 +485,9 @@ def picture(video, waves, fps, sample_rate, times=(), width=960):
 def _spectrogram(wave, sample_rate, width, height=160):
     """The log mel of a wave, or a log mel, in colours, low pitch at the bottom -> uint8 (height, width, 3)."""
     config = VocoderConfig(sample_rate=sample_rate, f_max=sample_rate / 2)
+    mel = torch.from_numpy(np.ascontiguousarray(wave, dtype=np.float32))[None]
     if wave.ndim == 1:
-        wave = np.pad(wave, (0, max(0, config.n_fft - len(wave))))
-        mel = log_mel(torch.from_numpy(np.ascontiguousarray(wave, dtype=np.float32))[None], config)  # (1, M, L)
-    else:
-        mel = torch.from_numpy(np.ascontiguousarray(wave, dtype=np.float32))[None]
+        mel = log_mel(F.pad(mel, (0, max(0, config.n_fft - len(wave)))), config)  # (1, S) -> (1, M, L)
     mel = F.adaptive_max_pool1d(mel, min(width, mel.shape[2]))
     mel = F.interpolate(mel[None], (height, width))[0, 0].flip(0).numpy()
     level = np.clip((mel + 4.5) / 4.5, 0, 1) * (len(COLOURS) - 1)
@@ -599,9 +593,8 @@ def _jobs(args):
         if output in seen:
             raise ValueError(f"{output}: would be the output of several inputs; give them different names")
         seen.add(output)
-    if not args.video:
-        return [(None, one, output) for one, output in zip(given, outputs)]
-    return [(one, args.audio and args.audio[0], output) for one, output in zip(given, outputs)]
+    beside = args.audio and args.audio[0]
+    return [(one, beside, output) if args.video else (None, one, output) for one, output in zip(given, outputs)]
 
 
 def _draws(output, draws):
