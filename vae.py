@@ -14,6 +14,7 @@ import math
 import os
 import re
 import sys
+from collections import OrderedDict
 from dataclasses import dataclass
 
 import numpy as np
@@ -101,38 +102,19 @@ class Middle(nn.Module):
         return self.resnets[1](self.attentions[0](self.resnets[0](x)))
 
 
-class Downsample(nn.Module):
-    """Halve height and width: 3x3 convolution of stride 2, padded at the right and bottom only."""
-
-    def __init__(self, c):
-        super().__init__()
-        self.conv = nn.Conv2d(c, c, 3, stride=2)
-
-    def forward(self, x):
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
-
-
-class Upsample(nn.Module):
-    """Double height and width: nearest neighbour, then a 3x3 convolution."""
-
-    def __init__(self, c):
-        super().__init__()
-        self.conv = nn.Conv2d(c, c, 3, padding=1)
-
-    def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
 class Level(nn.Module):
-    """One level: residual blocks, then perhaps a change of size. Its parts are named as in the published weights."""
+    """One level: residual blocks, then perhaps half the size, padded at the right and bottom only, or twice the size,
+    by nearest neighbours. Its parts are named as in the published weights."""
 
     def __init__(self, c_in, c_out, blocks, groups, downsample=False, upsample=False):
         super().__init__()
         self.resnets = nn.ModuleList(ResidualBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(blocks))
         if downsample:
-            self.downsamplers = nn.ModuleList([Downsample(c_out)])
+            half = OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(c_out, c_out, 3, stride=2))
+            self.downsamplers = nn.ModuleList([nn.Sequential(half)])
         if upsample:
-            self.upsamplers = nn.ModuleList([Upsample(c_out)])
+            twice = OrderedDict(repeat=nn.Upsample(scale_factor=2.0), conv=nn.Conv2d(c_out, c_out, 3, padding=1))
+            self.upsamplers = nn.ModuleList([nn.Sequential(twice)])
 
     def forward(self, x):
         for module in [m for parts in self.children() for m in parts]:
