@@ -30,7 +30,7 @@ import warnings
 import zlib
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import get_type_hints
@@ -3179,7 +3179,8 @@ def test_train_sources_take_turns_and_held_out_files_never_come(tmp_path):
             for name, share in shares.items()}  # a tone's loudness is its file's number
     assert all(seen[name] == {int(Path(x).stem) for x in share.names} for name, share in shares.items())
     assert not seen["training"] & (seen["validation"] | seen["test"]) and not seen["validation"] & seen["test"]
-    sounds = train.SoundBatches(3, 0, 0.05, sources=["bounce", shares["training"]])
+    draw = partial(train.draw_sound, seconds=0.05, sample_rate=16000)
+    sounds = train.Draws(draw, 1, 3, 0, ["bounce", shares["training"]])
     for step in (0, 1):
         for item, wave in enumerate(sounds[step][0], 3 * step):
             world = torch.from_numpy(bounce(train.clip_seed(0, item), 0.05, size=0).audio)

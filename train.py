@@ -20,9 +20,11 @@ import re
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -309,34 +311,44 @@ def open_data(args, decode):
     return training, {entry: source for entry, source in zip(args.data, unseen) if source}
 
 
+@dataclass
+class Draws:
+    """[step] -> [the first `batch` of what draw(source, seed) gives, tensors (each, ...), one after the other], the
+    sources taking turns."""
+
+    draw: Callable  # a function that other processes can import
+    each: int
+    batch: int
+    seed: int
+    sources: tuple
+
+    def __getitem__(self, step):
+        n = -(-self.batch // self.each)
+        items = range(step * n, (step + 1) * n)
+        drawn = [self.draw(self.sources[i % len(self.sources)], clip_seed(self.seed, i)) for i in items]
+        return [torch.cat(drawn)[: self.batch]]
+
+
+def first_unseen(source):
+    """The seed from which on what is drawn of `open_data`'s unseen sources is unseen: a share of files needs none."""
+    return 0 if isinstance(source, FileCache) else VALIDATION_SEED
+
+
 # ---- Autoencoder
 
 
-@dataclass
-class FrameBatches:
-    """Single frames: [step] -> [frames (batch, 3, 64, 64) in [-1, 1]], three from each clip of a world or drawn
-    from a folder, the sources taking turns."""
-
-    batch: int
-    seed: int
-    sources: tuple = ("bounce",)
-
-    def __getitem__(self, step):
-        clips = -(-self.batch // 3)
-        return [to_frames(np.concatenate([self.three(step * clips + i) for i in range(clips)])[: self.batch])]
-
-    def three(self, item):
-        source, seed = self.sources[item % len(self.sources)], clip_seed(self.seed, item)
-        if isinstance(source, FileCache):
-            return source.frames(seed, 3)
-        return WORLDS[source](seed, fps=5 / 3).video
+def draw_frames(source, seed, n=3):
+    """Frames (n, 3, 64, 64) in [-1, 1]: a folder's, or three of each clip of a world from `seed` on."""
+    if isinstance(source, FileCache):
+        return to_frames(source.frames(seed, n))
+    return to_frames(np.concatenate([WORLDS[source](seed + i, fps=5 / 3).video for i in range(n // 3)]))
 
 
 def train_vae(args):
     """The autoencoder on single frames. A new one's scale and shift are measured at the end, on fresh clips."""
     network = initial(VAE, vae.load, SMALL_VAE, args)
     training, unseen = open_data(args, cache_frames)
-    frames = FrameBatches(args.batch, args.seed, training)
+    frames = Draws(draw_frames, 3, args.batch, args.seed, training)
     if not args.init:
         quick_start(network, replace(frames, batch=240)[10**6][0].to(args.device))
     for part in (network.encoder, network.quant_conv) if args.freeze_encoder else ():
@@ -349,12 +361,8 @@ def train_vae(args):
         state.descend("vae", [loss], clip=math.inf)
         return {"loss": loss.detach(), "psnr": psnr(out.detach() / 2, batch[0] / 2).mean()}  # psnr is for a range of 1
 
-    def draw(source):
-        if isinstance(source, FileCache):
-            return source.frames(0, 240)
-        return np.concatenate([WORLDS[source](VALIDATION_SEED + i, fps=5 / 3).video for i in range(80)])
-
-    unseen = {name: to_frames(draw(source))[None].to(args.device) for name, source in unseen.items()}
+    unseen = {name: draw_frames(source, first_unseen(source), 240)[None].to(args.device)
+              for name, source in unseen.items()}
 
     def evaluate(ema):
         score = lambda x: float(psnr(ema.decode(ema.encode(x)) / 2, x / 2).mean())
@@ -374,25 +382,11 @@ def train_vae(args):
 # ---- Vocoder
 
 
-@dataclass
-class SoundBatches:
-    """Sounds: [step] -> [waves (batch, S)], `seconds` long (P: 4 s), the sources taking turns."""
-
-    batch: int
-    seed: int
-    seconds: float
-    sample_rate: int = 16000
-    sources: tuple = ("bounce",)
-
-    def __getitem__(self, step):
-        items = range(step * self.batch, (step + 1) * self.batch)
-        return [torch.from_numpy(np.stack([self.sound(item) for item in items]))]
-
-    def sound(self, item):
-        source, seed = self.sources[item % len(self.sources)], clip_seed(self.seed, item)
-        if isinstance(source, FileCache):
-            return source.wave(seed, round(self.seconds * self.sample_rate))
-        return WORLDS[source](seed, self.seconds, size=0, sample_rate=self.sample_rate).audio
+def draw_sound(source, seed, seconds, sample_rate):
+    """A sound (1, S), `seconds` long: of a folder's, or of a clip of a world."""
+    if isinstance(source, FileCache):
+        return torch.from_numpy(source.wave(seed, round(seconds * sample_rate)))[None]
+    return torch.from_numpy(WORLDS[source](seed, seconds, size=0, sample_rate=sample_rate).audio)[None]
 
 
 def train_vocoder(args):
@@ -402,7 +396,8 @@ def train_vocoder(args):
     config = generator.config
     discriminator = Discriminator(args.discriminator_channels).to(args.device)
     training, unseen = open_data(args, lambda folder, cache: cache_sounds(folder, cache, config.sample_rate))
-    sounds = SoundBatches(args.batch, args.seed, args.seconds, config.sample_rate, training)
+    draw = partial(draw_sound, sample_rate=config.sample_rate)
+    sounds = Draws(partial(draw, seconds=args.seconds), 1, args.batch, args.seed, training)
     state = State({"vocoder": generator, "discriminator": discriminator}, "vocoder", args, betas=(0.8, 0.99))
 
     def update(state, batch):
@@ -422,12 +417,7 @@ def train_vocoder(args):
         parts = {name: getattr(loss, name).detach() for name in ("mel", "adversarial", "features")}
         return losses | parts | {"critic": critic.detach()}
 
-    def draw(source, i, seconds=3.2):
-        if isinstance(source, FileCache):
-            return source.wave(i, round(seconds * config.sample_rate))
-        return WORLDS[source](VALIDATION_SEED + i, seconds, size=0, sample_rate=config.sample_rate).audio
-
-    unseen = {name: torch.from_numpy(np.stack([draw(source, i) for i in range(8)])).to(args.device)
+    unseen = {name: torch.cat([draw(source, first_unseen(source) + i, 3.2) for i in range(8)]).to(args.device)
               for name, source in unseen.items()}
 
     @torch.no_grad()
@@ -729,10 +719,10 @@ def mel_level(sources, config, args):
         if isinstance(source, FileCache):
             rng = np.random.default_rng(seed)
             clip = open_encoded(source.paths[source.draw(rng)])
-            sounds.append(clip.sound(int(rng.integers(clip.T - config.frames + 1)) / clip.fps, seconds))
+            sounds.append(clip.sound(int(rng.integers(clip.T - config.frames + 1)) / clip.fps, seconds)[None])
         else:
-            sounds.append(torch.from_numpy(WORLDS[source](seed, seconds, size=0, sample_rate=config.sample_rate).audio))
-    mel = log_mel(torch.stack(sounds), config)
+            sounds.append(draw_sound(source, seed, seconds, config.sample_rate))
+    mel = log_mel(torch.cat(sounds), config)
     return dict(mel_mean=round(float(mel.mean()), 3), mel_std=round(float(mel.std()), 3))
 
 
