@@ -21,7 +21,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -53,7 +53,7 @@ from cmmd.vocoder import (
 VALIDATION_SEED = 500_000  # worlds from here on choose settings; those from 0 on are the test set
 SMALL_VAE = VAEConfig(channels=(16, 32, 64, 96), blocks=1, groups=4, latent_channels=8)
 SMALL_VOCODER = VocoderConfig(base=16, mel_mean=-3.9, mel_std=1.0)
-FREE = ("out", "cache", "device", "threads", "workers", "log_every", "eval_every", "save_every",  # may differ on resume
+FREE = ("out", "cache", "device", "workers", "log_every", "eval_every", "save_every",  # may differ on resume
         "accumulate", "compile", "rank", "processes")
 
 
@@ -804,7 +804,6 @@ def arguments(argv):
                           "default's or those of --init: JSON")
         task.add_argument("--init", help="weights to start from")
         task.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
-        task.add_argument("--threads", type=number(1, kind=int), help="CPU threads")
         task.add_argument("--workers", type=number(0, 1000, int), default=1, help="processes that prepare batches")
         task.add_argument("--decay", choices=("cosine", "exponential"), default="cosine", help="of the learning rate")
         task.add_argument("--gamma", type=float, default=0.999, help="exponential decay: the factor of a step")
@@ -862,34 +861,25 @@ def model_arguments(task):
                       "a clean sound")
 
 
-@contextmanager
-def together(args):
-    """Join the processes that torchrun started, if any: args.rank of args.processes; only 0 speaks and writes."""
+def work(args):
+    """The chosen training, whose result goes to TASK.safetensors; in the processes that torchrun started, if any, which
+    are args.processes, of which only args.rank 0 speaks and writes."""
     args.rank, args.processes, local = torchrun_place()
     if args.processes > 1 and args.device == "cuda":
         args.device = f"cuda:{local}"
         torch.cuda.set_device(local)
     check(args)
-    if args.processes == 1:
-        yield
-        return
-    dist.init_process_group("nccl" if "cuda" in args.device else "gloo", timeout=timedelta(hours=2))
+    if args.processes > 1:
+        dist.init_process_group("nccl" if "cuda" in args.device else "gloo", timeout=timedelta(hours=2))
     try:
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if args.rank else sys.stdout):
-            yield
+            Path(args.out).mkdir(parents=True, exist_ok=True)
+            result = TRAININGS[args.task](args)
+            if args.rank == 0:
+                save(Path(args.out) / f"{args.task}.safetensors", result, torch.float16)
     finally:
-        dist.destroy_process_group()
-
-
-def work(args):
-    """The chosen training, whose result goes to TASK.safetensors."""
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    with together(args):
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-        result = TRAININGS[args.task](args)
-        if args.rank == 0:
-            save(Path(args.out) / f"{args.task}.safetensors", result, torch.float16)
+        if args.processes > 1:
+            dist.destroy_process_group()
 
 
 def main(argv=None):
