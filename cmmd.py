@@ -46,8 +46,7 @@ __path__ = [os.path.dirname(os.path.abspath(__file__))]  # sibling files import 
 
 def scales(t, like):
     """What signal and noise are multiplied by at t in [0, 1], a number or (B,) -> sqrt(alpha_bar), sqrt(1 - alpha_bar),
-    shaped to multiply `like` (B, ...). The schedule: alpha_bar = cos^2(pi t / 2), the share of signal power, from 1 at
-    t = 0 to 0 at t = 1."""
+    shaped to multiply `like` (B, ...). The schedule: alpha_bar = cos^2(pi t / 2), the share of signal power."""
     angle = torch.as_tensor(t, dtype=torch.float32, device=like.device) * (math.pi / 2)
     angle = angle.reshape(angle.shape + (1,) * (like.dim() - angle.dim()))
     return torch.cos(angle), torch.sin(angle)
@@ -184,8 +183,7 @@ class Attention(nn.Module):
 
 
 def turned_heads(x, heads, positions):
-    """x (N, S, 3C) -> queries and keys, turned by rotary `positions` (S,) (Su et al., RoFormer), and values, each
-    (N, heads, S, C/heads)."""
+    """x (N, S, 3C) -> queries, keys, turned by rotary `positions` (S,) (RoFormer), values: (N, heads, S, C/heads)."""
     q, k, v = x.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
     half = v.shape[-1] // 2
     angles = positions[:, None] * 1000.0 ** (-torch.arange(half, device=positions.device) / half)  # (S, C/heads/2)
@@ -326,8 +324,7 @@ class EasyFusion(nn.Module):
         return video + self._to_video(audio, video, write, step), audio + self._to_audio(audio, values, look, step)
 
     def _attend(self, values):
-        """values (N, C, H, W) -> weights over H*W to read by, a softmax, and to write by, scaled to a maximum of 1:
-        each (N, heads, H*W)."""
+        """values (N, C, H, W) -> weights (N, heads, H*W) to read by, a softmax, and to write by, of maximum 1."""
         N, _, H, W = values.shape
         if self.score is None:
             even = torch.ones(N, self.config.heads, H * W, device=values.device)
@@ -545,8 +542,7 @@ def draw_times(B, first_lesson=False, shares=SHARES, shift=1.0):
 
 def motion_weights(video, share):
     """Latents (B, T, C, H, W) -> weights of the video's errors (B, T, 1, H, W) (ours): a `share` of the weight lies
-    where a frame differs from the clip's mean. Their mean is 1, but 1 - share where nothing moves. Most of a picture
-    stands still, and no sound tells what it is."""
+    where a frame differs from the clip's mean. Their mean is 1, but 1 - share where nothing moves."""
     moved = (video - video.mean(dim=1, keepdim=True)).square().mean(dim=2, keepdim=True)
     return 1 - share + share * moved / moved.mean(dim=(1, 3, 4), keepdim=True).clamp(min=1e-6)
 
@@ -554,8 +550,7 @@ def motion_weights(video, share):
 def joint_loss(model, video, audio, t_video, t_audio, noise_video, noise_audio, motion=0.0):
     """Eq. 2: the mean squared velocity error of each sample and modality -> (B, 2), video then audio.
 
-    video (B, T, C, H, W), audio (B, M, L) clean; times (B,). The loss of a clean side (t = 0) is 0. motion: the share
-    of `motion_weights`; 0 is Eq. 2."""
+    video (B, T, C, H, W), audio (B, M, L); times (B,); clean sides, t = 0, have loss 0. motion: see `motion_weights`."""
     noisy = [diffuse(x, n, t) for x, n, t in ((video, noise_video, t_video), (audio, noise_audio, t_audio))]
     with fast_autocast(video.device):
         predicted = model(*noisy, t_video, t_audio)
@@ -581,14 +576,13 @@ def contrastive_loss(model, pair, times, noise, negatives, eta, margin=None, mot
     """Eq. 6: the true pairs' joint loss less eta times that of pairs with a wrong sound, less eta times that of pairs
     with a wrong picture -> ContrastiveLoss. All in one batched pass.
 
-    pair, times and noise: (video, audio) each, as `joint_loss` takes them. negatives: (wrong_video, wrong_audio), each
-    (n, ...), for the first n samples of the batch: the paper's "sub-sample". A negative has its positive's times and
-    noise, its velocity is that of the negative itself, and a clean side has no loss there either (ours; the paper is
-    silent). Eq. 6 falls without bound as negatives get worse. With `margin` (ours) each term is a triplet loss instead,
-    eta * max(0, margin + its positive's loss - its own): a negative that is worse by the margin is left alone, and
-    where right and wrong cannot be told apart, as in much noise, both pulls cancel. For that the gradient must flow
-    through the positive in the hinge too: held constant there, it leaves a net pull of 1 - 2 eta on pairs that look
-    alike, and eta = 1 diverged. motion: see `joint_loss`."""
+    pair, times, noise: (video, audio) each, as `joint_loss` takes them, and motion. negatives: (wrong_video,
+    wrong_audio), each (n, ...), for the first n samples of the batch: the paper's "sub-sample". A negative has its
+    positive's times and noise, its velocity is that of the negative itself, and a clean side has no loss there either
+    (ours; the paper is silent). Eq. 6 falls without bound as negatives get worse. With `margin` (ours) each term is a
+    triplet loss instead, eta * max(0, margin + its positive's loss - its own): a negative that is worse by the margin
+    is left alone, and where right and wrong cannot be told apart both pulls cancel, since the gradient flows through
+    the positive in the hinge too: held constant there, eta = 1 diverged."""
     n = len(negatives[0])
     video = torch.cat([pair[0], pair[0][:n], negatives[0]])
     audio = torch.cat([pair[1], negatives[1], pair[1][:n]])
@@ -612,9 +606,8 @@ def draw_negatives(x, shifted, others, dim, shares=(1, 1, 1)):
     """Sec. 2.2, "Creating Negative Samples": wrong partners for what belongs to x -> the same shape.
 
     x (n, ...): one modality's windows, time along `dim`; shifted: windows cut from the same clips some hundred
-    milliseconds earlier or later (never rolled: a seam would give them away); others: windows of other clips. Each
-    sample is drawn as one kind, in these shares: shift; splice, a random left or right part taken from the other clip;
-    swap, the other clip."""
+    milliseconds earlier or later (never rolled: a seam would give them away); others: windows of other clips. Shares of
+    the kinds: shift; splice, a random left or right part taken from the other clip; swap, the other clip."""
     n, length = len(x), x.shape[dim]
     if not n:
         return x
@@ -740,8 +733,7 @@ def put_back(x, kept):
 
 
 def _given_whole(known, keep):
-    """Which side is given whole: 0 video, 1 audio or None. ValueError where nothing is left to make, or a mask of what
-    to keep does not fit."""
+    """Which side is given whole: 0 video, 1 audio or None. ValueError where that leaves nothing, or a mask is odd."""
     whole = [side for side in (0, 1) if known[side] is not None and keep[side] is None]
     if len(whole) == 2:
         raise ValueError("generate was given both video and audio: nothing is left to make; `keep` tells which part to")
@@ -773,8 +765,7 @@ def integrate(predict, noise, given, times, sampler="ddim", stochasticity=0.0, d
     """From pure noise down the noise levels `times`, from 1 to 0, -> [video, audio]. shift: see `levels`.
 
     predict(x, t, noise) -> [video, audio], the predicted clean data; what it sees of the side `given` is its own
-    business: that side's x, noise and prediction may be None. What is made grows in the tensors `noise`: long clips
-    need the memory."""
+    business: that side's x, noise and prediction may be None. The tensors `noise` become what is made."""
     x, before, steps = list(noise), None, len(times) - 1
     for i in range(steps):
         x_0 = predict(x, times[i], noise)
@@ -947,8 +938,7 @@ class Windows:
             canvas[b].narrow(side, start, n).add_(part)
 
     def velocities(self, model, x, times, given=None):
-        """The model over the windows of x = [video, audio] at two noise levels -> velocities of the canvas's shapes,
-        None for the side `given`."""
+        """The model over the windows of x = [video, audio] at two noise levels -> velocities, None of side `given`."""
         out = [None if side == given else torch.zeros_like(x[side]) for side in (0, 1)]
         for pairs in self.batches(len(x[0])):
             parts = at_levels(model, [self.cut(x[side], side, pairs) for side in (0, 1)], times)
@@ -958,8 +948,7 @@ class Windows:
 
     def reconstruction_gradient(self, model, x, times, known, given):
         """Eq. 3: the other, noisy side predicted clean from x at two levels, and the gradient with respect to it of
-        ||known - its prediction||^2, summed over elements. Where windows overlap, their shares weigh the
-        squares."""
+        ||known - its prediction||^2, summed over elements, weighed by the windows' shares where they overlap."""
         made = 1 - given
         out, gradient = torch.zeros_like(x[made]), torch.zeros_like(x[made])
         for pairs in self.batches(len(x[0])):

@@ -279,8 +279,7 @@ def _warn(path, what, log, missing, whole):
 def write_clip(path: str | os.PathLike, video=None, audio=None, fps: float = 10, sample_rate: int = 16000) -> None:
     """Write frames uint8 (T, H, W, 3) and/or a wave float (S,) to .mp4 .mov .mkv .webm .gif (silent) .wav or .flac.
 
-    ValueError, in one line, for another extension, a folder that cannot be written, or nothing to write; the file
-    appears whole or not at all."""
+    ValueError, in one line, for another extension, an unwritable folder, or nothing to write; never half a file."""
     path = check_output(path, (*VIDEO_TYPES, *SOUND_TYPES))
     kind = path.suffix.lower()
     if kind in SOUND_TYPES:
@@ -475,8 +474,7 @@ class Style(NamedTuple):
     """A way to dance: two key poses, reached on every other beat, and what the music is played on.
 
     A pose, in figure heights and degrees: sway of the hips, lean of the neck, the feet's distance from the middle,
-    lifts of the left and right foot, angles of the left upper and lower arm and of the right ones, outward from
-    hanging."""
+    lifts of the left and right foot, angles of the left upper and lower arm and of the right, outward from hanging."""
 
     poses: tuple
     crouch: float  # how far the hips go down on every beat, in figure heights
@@ -1033,8 +1031,7 @@ def cache_clips(entry, cache, encode, encoder, fps=10, size=64, sample_rate=1600
 
 
 def _fill(entry, cache, decode, kind, shortest=1, around=0.0):
-    """Decode what `cache` lacks of `entry`. A source that cannot be used is tried again the next time: it may have been
-    the machine's fault."""
+    """Decode what `cache` lacks of `entry`. What cannot be used is tried again next time: a machine may be at fault."""
     cache = Path(cache).resolve()
     sources = [source for source in find_sources(entry, around) if cache not in source.path.parents]
     cache.mkdir(parents=True, exist_ok=True)

@@ -174,8 +174,7 @@ def _read(video, audio, seconds, make_video, make_audio, fps, sample_rate, model
 
 
 def _together(requests, given):
-    """Make what is missing of several equally long clips at once -> the Clip of each, or the exception that tells why
-    there is none, one after the other."""
+    """Make what is missing of several equally long clips at once: yields the Clip of each, or why there is none."""
     models, tell = requests[0]["models"], requests[0]["progress"]
     join = lambda parts, how: None if parts[0] is None else how(parts)
     latents, mel = (join([getattr(one, name) for one in given], torch.cat) for name in ("latents", "mel"))
@@ -279,8 +278,7 @@ def _apart(times, stretches):
 
 
 def _kept(frames, mel, stretches, config):
-    """What `generate` keeps of frames and mel: those that are not on screen in the stretches that are made, and hear
-    nothing of them."""
+    """What `generate` keeps of frames and mel: those in which nothing is seen or heard of the stretches to make."""
     keep, window = [None, None], config.n_fft / config.sample_rate
     if stretches[0]:
         times = (np.arange(len(frames)) + 0.5) / config.fps
@@ -464,8 +462,7 @@ COLOURS = np.array([(0, 0, 4), (59, 15, 112), (140, 41, 129), (222, 73, 104), (2
 def picture(video, waves, fps, sample_rate, times=(), width=960):
     """Frames (T, H, W, 3) over the spectrogram of each wave (S,), a time axis below -> uint8 (height, width, 3).
 
-    All waves but the first may also be log mels (M, L). Frames are shown at their place in time; `times` (s) are marked
-    by white lines through all of it."""
+    All waves but the first may also be log mels (M, L). White lines through all of it mark `times` (s)."""
     seconds, count = len(waves[0]) / sample_rate, 12
     side = width // count
     shown = np.clip(((np.arange(count) + 0.5) / count * seconds * fps).astype(int), 0, len(video) - 1)

@@ -437,8 +437,7 @@ class PairBatches:
     picture and the sound cut `shift` (from, to; s) earlier or later; those of another clip where this one is no longer
     than a window. The frames go with the mel frames that end within them (P: 18 with 112).
 
-    sources take turns: each is a FileCache of encoded clips, or the name of a world, whose clips are then drawn fresh
-    and encoded with `vae_path`."""
+    sources take turns: FileCaches of encoded clips, or names of worlds, drawn fresh and encoded with `vae_path`."""
 
     batch: int
     seed: int
@@ -502,8 +501,7 @@ class PairBatches:
 
 
 def another(i, batch, sources):
-    """Whose window is the wrong one for sample i of a batch in which so many sources take turns: the sample before it
-    of the same source, if there is one."""
+    """Whose window is the wrong one for sample i of a batch: the one before it of the same source, if there is one."""
     last = batch - 1 - (batch - 1 - i) % sources  # of that source
     return i - sources if i >= sources else last if last != i else i - 1
 
@@ -598,9 +596,8 @@ def train_cmmd(args):
 
 
 def negatives_first(times, n, args):
-    """Times (B,) of video and audio, and how many of the first n samples get negatives. The times (not the clips, of
-    which they are independent) are put in another order: those where --negatives-at and --negatives-where allow
-    negatives come first."""
+    """Times (B,) of video and audio, reordered (the clips, of which they are independent, are not), those first where
+    --negatives-at and --negatives-where allow negatives, and how many of the first n samples get some."""
     high, low = torch.maximum(*times), torch.minimum(*times)
     allowed = (high >= args.negatives_at[0]) & (high <= args.negatives_at[1])
     if args.negatives_where != "any":

@@ -31,8 +31,7 @@ class VAEConfig:
     """Sizes of the autoencoder. The defaults are those of `stabilityai/sd-vae-ft-mse`.
 
     channels: width of each level, the picture halves between two; blocks: residual blocks a level (the decoder has one
-    more); groups: of every GroupNorm; scale, shift: latents leave `encode` as (mean - shift) * scale, about N(0, 1);
-    one number each, or one a channel."""
+    more); groups: of every GroupNorm; scale, shift, one or one a channel: `encode` gives (mean - shift) * scale."""
 
     channels: tuple = (128, 256, 512, 512)
     blocks: int = 2
@@ -300,8 +299,7 @@ def quick_start(vae, frames):
 def vae_loss(vae, frames, kl_weight=1e-6):
     """Training loss over frames (N, 3, 8H, 8W) in [-1, 1] -> loss, reconstruction (N, 3, 8H, 8W).
 
-    Twice the squared error, the absolute error, a quarter of that of the gradients at two scales, and a faint KL term
-    (ours: the paper uses published weights)."""
+    Twice the squared error, the absolute one, a quarter of the gradients' at two scales, and a faint KL term (ours)."""
     mean, log_variance = vae.moments(frames)
     out = vae.reconstruct(mean + torch.exp(log_variance / 2) * torch.randn_like(mean))
     error = out - frames

@@ -128,8 +128,7 @@ def add_weight_norm(module):
 def fold_weight_norm(tensors):
     """A state dict with weight norm folded: length * direction / |direction|, the norm over all but the first axis.
 
-    Knows torch's present names (`parametrizations.weight.original0`, `original1`) and the old (`weight_g`, `weight_v`).
-    """
+    Knows torch's names, present (`parametrizations.weight.original0`, `...1`) and old (`weight_g`, `weight_v`)."""
     folded = dict(tensors)
     for name in tensors:
         for length, direction in (("parametrizations.weight.original0", "parametrizations.weight.original1"),
