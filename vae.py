@@ -101,24 +101,18 @@ class Middle(nn.Module):
         return self.resnets[1](self.attentions[0](self.resnets[0](x)))
 
 
-class Level(nn.Module):
+def level(c_in, c_out, blocks, groups, downsample=False, upsample=False):
     """One level: residual blocks, then perhaps half the size, padded at the right and bottom only, or twice the size,
     by nearest neighbours. Its parts are named as in the published weights."""
-
-    def __init__(self, c_in, c_out, blocks, groups, downsample=False, upsample=False):
-        super().__init__()
-        self.resnets = nn.ModuleList(ResidualBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(blocks))
-        if downsample:
-            half = OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(c_out, c_out, 3, stride=2))
-            self.downsamplers = nn.ModuleList([nn.Sequential(half)])
-        if upsample:
-            twice = OrderedDict(repeat=nn.Upsample(scale_factor=2.0), conv=nn.Conv2d(c_out, c_out, 3, padding=1))
-            self.upsamplers = nn.ModuleList([nn.Sequential(twice)])
-
-    def forward(self, x):
-        for module in [m for parts in self.children() for m in parts]:
-            x = module(x)
-        return x
+    parts = OrderedDict(resnets=nn.Sequential(
+        *(ResidualBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(blocks))))
+    if downsample:
+        half = OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(c_out, c_out, 3, stride=2))
+        parts["downsamplers"] = nn.Sequential(nn.Sequential(half))
+    if upsample:
+        twice = OrderedDict(repeat=nn.Upsample(scale_factor=2.0), conv=nn.Conv2d(c_out, c_out, 3, padding=1))
+        parts["upsamplers"] = nn.Sequential(nn.Sequential(twice))
+    return nn.Sequential(parts)
 
 
 class Encoder(nn.Module):
@@ -128,18 +122,15 @@ class Encoder(nn.Module):
         super().__init__()
         widths, groups, last = config.channels, config.groups, len(config.channels) - 1
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
-        self.down_blocks = nn.ModuleList(
-            Level(widths[max(i - 1, 0)], c, config.blocks, groups, downsample=i < last) for i, c in enumerate(widths)
-        )
+        self.down_blocks = nn.Sequential(*(level(widths[max(i - 1, 0)], c, config.blocks, groups, downsample=i < last)
+                                         for i, c in enumerate(widths)))
         self.mid_block = Middle(widths[-1], groups)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x):
-        x = self.conv_in(x)
-        for level in self.down_blocks:
-            x = level(x)
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+        x = self.mid_block(self.down_blocks(self.conv_in(x)))
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
 class Decoder(nn.Module):
@@ -150,16 +141,13 @@ class Decoder(nn.Module):
         widths, groups, last = config.channels[::-1], config.groups, len(config.channels) - 1
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
         self.mid_block = Middle(widths[0], groups)
-        self.up_blocks = nn.ModuleList(
-            Level(widths[max(i - 1, 0)], c, config.blocks + 1, groups, upsample=i < last) for i, c in enumerate(widths)
-        )
+        self.up_blocks = nn.Sequential(*(level(widths[max(i - 1, 0)], c, config.blocks + 1, groups, upsample=i < last)
+                                       for i, c in enumerate(widths)))
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
     def forward(self, x):
-        x = self.mid_block(self.conv_in(x))
-        for level in self.up_blocks:
-            x = level(x)
+        x = self.up_blocks(self.mid_block(self.conv_in(x)))
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
