@@ -550,7 +550,7 @@ def motion_weights(video, share):
 def joint_loss(model, video, audio, t_video, t_audio, noise_video, noise_audio, motion=0.0):
     """Eq. 2: the mean squared velocity error of each sample and modality -> (B, 2), video then audio.
 
-    video (B, T, C, H, W), audio (B, M, L); times (B,); clean sides, t = 0, have loss 0. motion: see `motion_weights`."""
+    video (B, T, C, H, W), audio (B, M, L); times (B,); clean sides, t = 0, have loss 0. motion: `motion_weights`."""
     noisy = [diffuse(x, n, t) for x, n, t in ((video, noise_video, t_video), (audio, noise_audio, t_audio))]
     with fast_autocast(video.device):
         predicted = model(*noisy, t_video, t_audio)
@@ -1064,8 +1064,7 @@ def read_tensors(path, kind, wanted=list):
                   else "a Git LFS pointer, not the weights themselves" if start.startswith(b"version https://git-lfs")
                   else f"holds a {code[1]}, which could run code; get it as .safetensors" if code
                   else f"damaged, or of another kind ({type(error).__name__})")
-        raise ValueError(f"{path}: {reason}; expected the weights of a {kind}, .safetensors or a pickled state dict of "
-                         "tensors") from None
+        raise ValueError(f"{path}: {reason}; expected the weights of a {kind}, .safetensors or a state dict") from None
     for key in ("state_dict", "generator", "model"):  # a training checkpoint around it
         content = content[key] if isinstance(content, dict) and isinstance(content.get(key), dict) else content
     content = content if isinstance(content, dict) else {}

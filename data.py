@@ -212,8 +212,7 @@ def read_audio(path: str | os.PathLike, sample_rate: int = 16000, start: float =
     wave = np.frombuffer(result.stdout, np.float32)
     peak = max(wave.max(initial=0), -wave.min(initial=0))  # no copy: an hour is 230 MB
     if not peak <= LOUDEST:  # NaN is caught too
-        raise ValueError(f"{path}: its sound reaches {peak:.3g}, a wave lies in [-1, 1]; scale it, or copy the file "
-                         "again")
+        raise ValueError(f"{path}: its sound reaches {peak:.3g}, a wave lies in [-1, 1]; scale it or copy it again")
     errors = result.stderr.count(b"[error]")
     if not len(wave):
         reason = f"cannot be decoded ({_reason(result.stderr.decode(errors='replace'))})" if errors else "is empty"

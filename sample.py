@@ -250,8 +250,7 @@ def _check(video, audio, seconds, make_video, make_audio, fps, sample_rate, step
             if not getattr(data.probe(given), name):
                 raise ValueError(f"{given}: {hints[name]}")
         elif given is not None and not hasattr(given, "shape"):
-            raise ValueError(f"{name} is a {type(given).__name__}, expected a file, an array or tensor, or a list of "
-                             "them")
+            raise ValueError(f"{name} is a {type(given).__name__}, expected a file, array or tensor, or a list of them")
         elif given is not None and (rate is None or not low <= rate <= high):
             raise ValueError(f"a {name} array needs its rate: {unit}=..., from {low:g} to {high:g}; got {rate!r}")
 

@@ -35,20 +35,16 @@ from safetensors import SafetensorError, safe_open
 from cmmd import (
     CMMD, SEED, SHARES, SIZES, CMMDConfig, Parser, atomic, contrastive_loss, draw_negatives, draw_times, fast_autocast,
     generate, joint_loss, json_object, load, number, remove_unfinished, save, torchrun_place, usable_device, vae,
-    vocoder, whole_mel_frames, write_tensors,
-)
+    vocoder, whole_mel_frames, write_tensors)
 from cmmd.data import (
-    TRAINING_SEED, WORLDS, EncodedClip, FileCache, cache_clips, cache_frames, cache_sounds, open_encoded, write_encoded,
-)
+    TRAINING_SEED, WORLDS, EncodedClip, FileCache, cache_clips, cache_frames, cache_sounds, open_encoded, write_encoded)
 from cmmd.evaluate import (
-    envelope, envelope_correlation, event_counts, lower_movement, picture_events, psnr, scores, sound_scores,
-)
+    envelope, envelope_correlation, event_counts, lower_movement, picture_events, psnr, scores, sound_scores)
 from cmmd.sample import picture, write_png
 from cmmd.vae import VAE, VAEConfig, fingerprint, quick_start, to_frames, to_uint8, vae_loss
 from cmmd.vocoder import (
     Discriminator, Vocoder, VocoderConfig, add_weight_norm, discriminator_loss, generator_loss, log_mel, loud_stft_loss,
-    mel_loss,
-)
+    mel_loss)
 
 VALIDATION_SEED = 500_000  # worlds from here on choose settings; those from 0 on are the test set
 SMALL_VAE = VAEConfig(channels=(16, 32, 64, 96), blocks=1, groups=4, latent_channels=8)
@@ -178,8 +174,7 @@ def run(state, batches, update, evaluate, args, finish=lambda ema: ema):
         remove_unfinished(out, f".{args.task}-*")
     loader = torch.utils.data.DataLoader(
         batches, batch_size=None, sampler=range(state.step, args.steps), num_workers=args.workers,
-        multiprocessing_context="spawn" if args.workers else None, prefetch_factor=4 if args.workers else None,
-    )
+        multiprocessing_context="spawn" if args.workers else None, prefetch_factor=4 if args.workers else None)
     sums, usual, began, board = {}, {}, time.time(), tensorboard(out) if first else None
     stream, waited, since = iter(loader), 0.0, time.time()
     while state.step < args.steps:
@@ -299,8 +294,7 @@ def open_data(args, decode):
         found = [None] * args.processes
         dist.all_gather_object(found, args.files)
         if found.count(args.files) < args.processes:
-            raise ValueError("the processes could not decode the same files of --data; start again, what is there "
-                             "stays")
+            raise ValueError("the processes could not decode the same files of --data; start again, what is done stays")
     training, unseen = ([source.share(share) if isinstance(source, FileCache) else source for source in sources]
                         for share in ("training", "validation"))
     for entry, own, other in zip(args.data, training, unseen):
@@ -483,19 +477,19 @@ class PairBatches:
 
     def draw(self, step, rng):
         """This step's clips, long enough to be shifted -> EncodedClips."""
-        c, out, fresh = self.config, [None] * self.batch, []
+        c, out, fresh = self.config, [None] * self.batch, {}
         for i in range(self.batch):
             source = self.sources[i % len(self.sources)]
             if isinstance(source, FileCache):
                 out[i] = open_encoded(source.paths[source.draw(rng)])
             else:
-                fresh.append((i, WORLDS[source]))
+                fresh[i] = WORLDS[source]
         if fresh:
             self.vae = self.vae or vae.load(self.vae_path)
             seconds = c.frames / c.fps + (2 * self.shift[1] if self.negatives else 0)
             clips = [world(clip_seed(self.seed, step * self.batch + i), seconds, c.fps, c.size, c.sample_rate)
-                     for i, world in fresh]
-            for (i, _), clip in zip(fresh, encode_clips(clips, self.vae)):
+                     for i, world in fresh.items()]
+            for i, clip in zip(fresh, encode_clips(clips, self.vae)):
                 out[i] = clip
         return out
 
@@ -818,10 +812,10 @@ def arguments(argv):
             task.add_argument("--adversarial-from", type=int, default=2000, help="first step with discriminators")
             task.add_argument("--mel-weight", type=float, default=0.01, help="of the mel loss before that step")
             task.add_argument("--discriminator-channels", type=int, default=256, help="at most (MelGAN's: 1024)")
-        if name != "cmmd":
-            task.set_defaults(accumulate=1, size=None)
         if name == "cmmd":
             model_arguments(task)
+        else:
+            task.set_defaults(accumulate=1, size=None)
     return parser, parser.parse_args(argv)
 
 
@@ -838,12 +832,10 @@ def model_arguments(task):
                       "the video loss's weight that lies where the picture moves, during the first lesson and after it")
     task.add_argument("--time-shift", type=number(0.01, 100), help="of the video's noise level where both share "
                       "one t (cmmd.levels); 1: the paper's (default: that of --init, or 1)")
-    task.add_argument("--clips", type=number(0, 10**7, int), default=0,
-                      help="of a world, draw so many once, into the cache, and cut windows from them; 0: "
-                      "always fresh")
+    task.add_argument("--clips", type=number(0, 10**7, int), default=0, help="of a world, draw so many once, into "
+                      "the cache, and cut windows from them; 0: always fresh")
     task.add_argument("--eta", type=number(0), default=0.0, help="weight of Eq. 6's contrastive terms; 0: none")
-    task.add_argument("--margin", type=number(0), help="bound them: a negative whose loss is above its positive's by "
-                      "this is left alone")
+    task.add_argument("--margin", type=number(0), help="bound them: what is this much worse is left alone")
     task.add_argument("--negatives", type=number(0, 1), default=0.25, help="share of the batch that has them")
     task.add_argument("--negatives-at", type=number(0, 1), nargs=2, default=(0.0, 1.0), metavar="T",
                       help="only from this to that noise level, of the noisier side")
@@ -854,8 +846,7 @@ def model_arguments(task):
     task.add_argument("--shift", type=number(0, 60), nargs=2, default=(0.1, 0.4), metavar="S",
                       help="how far shifts go, from and to, in seconds, but a frame at least")
     task.add_argument("--shares", type=number(0, 1), nargs=4, default=SHARES, metavar="P",
-                      help="after the first lesson: shares of samples with one t, with two, with a clean video, with "
-                      "a clean sound")
+                      help="after the first lesson: of samples with one t, two t, a clean video, a clean sound")
 
 
 def work(args):
