@@ -20,7 +20,6 @@ import math
 import os
 import re
 import sys
-import tempfile
 import time
 import zipfile
 from contextlib import contextmanager, nullcontext, suppress
@@ -979,21 +978,18 @@ def atomic(path):
         raise ValueError(f"{path}: cannot write, the folder {path.parent} does not exist; make it first")
     if path.is_dir():
         raise ValueError(f"{path}: cannot write, this is a folder; give a file name")
+    temporary = path.with_name(f".{path.stem[:40]}-{os.urandom(4).hex()}{path.suffix}")
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.stem[:40]}-", suffix=path.suffix, dir=path.parent)
+        temporary.touch(exist_ok=False)
     except OSError as error:
         raise ValueError(f"{path}: cannot write in {path.parent} ({error.strerror}); choose another folder") from None
-    os.close(handle)
-    umask = os.umask(0)
-    os.umask(umask)
     try:
-        yield Path(name)
-        os.chmod(name, 0o666 & ~umask)  # temporary files are private; outputs are ordinary ones
-        os.replace(name, path)
+        yield temporary
+        os.replace(temporary, path)
     except OSError as error:
         raise ValueError(f"{path}: cannot be written ({error.strerror or error})") from None
     finally:
-        Path(name).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def save(path: str | os.PathLike, module: nn.Module, dtype: torch.dtype | None = None) -> None:
