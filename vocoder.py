@@ -66,23 +66,15 @@ class VocoderConfig:
 
 
 # ---------------------------------------------------------------------------------------------------- mel front end
-def _hz_to_mel(hz):
-    """Slaney's scale: 15 mel at 1000 Hz, linear below, logarithmic above (27 mel from 1000 to 6400 Hz)."""
-    hz = torch.as_tensor(hz, dtype=torch.float64)
-    return torch.where(hz < 1000, hz * 0.015, 15 + 27 * torch.log(hz.clamp(min=1) / 1000) / math.log(6.4))
-
-
-def _mel_to_hz(mel):
-    """Inverse of `_hz_to_mel`."""
-    return torch.where(mel < 15, mel / 0.015, 1000 * torch.exp((mel - 15) * math.log(6.4) / 27))
-
-
 def mel_filters(config):
-    """Triangular filters (M, n_fft//2 + 1) float32, evenly spaced on Slaney's scale, each of unit area over Hz.
+    """Triangular filters (M, n_fft//2 + 1) float32, evenly spaced on Slaney's scale (15 mel at 1000 Hz, linear below,
+    logarithmic above: 27 mel from 1000 to 6400 Hz), each of unit area over Hz.
 
     Equals `librosa.filters.mel(sr, n_fft, n_mels, fmin, fmax)` with its defaults."""
-    low, high = _hz_to_mel([config.f_min, config.f_max]).tolist()
-    corners = _mel_to_hz(torch.linspace(low, high, config.mel_bins + 2, dtype=torch.float64))  # (M+2,) Hz
+    hz, log_step = torch.tensor([config.f_min, config.f_max], dtype=torch.float64), math.log(6.4)
+    low, high = torch.where(hz < 1000, hz * 0.015, 15 + 27 * torch.log(hz.clamp(min=1) / 1000) / log_step).tolist()
+    mel = torch.linspace(low, high, config.mel_bins + 2, dtype=torch.float64)
+    corners = torch.where(mel < 15, mel / 0.015, 1000 * torch.exp((mel - 15) * log_step / 27))  # (M+2,) Hz
     bins = torch.arange(config.n_fft // 2 + 1, dtype=torch.float64) * config.sample_rate / config.n_fft  # (F,) Hz
     left, centre, right = corners[:-2, None], corners[1:-1, None], corners[2:, None]
     rising, falling = (bins - left) / (centre - left), (right - bins) / (right - centre)
