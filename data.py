@@ -890,17 +890,17 @@ def _aist(files, table, lines, around):
     ignore = [path for folder in table.absolute().parents[:2] if (path := folder / "ignore_list.txt").exists()]
     if not ignore:
         print(f"{table}: no ignore_list.txt beside it or above, so bad recordings are not left out", flush=True)
-    wanted, bad = ({line.strip() for line in text if line.strip()}
+    listed, bad = ({line.strip() for line in text if line.strip()}
                    for text in (lines, ignore[0].read_text().splitlines() if ignore else ()))
-    found, left_out = [], Counter()
+    wanted, found, left_out = listed - bad, [], Counter()
     for path in files:
         sequence = re.sub(r"_c\d\d_", "_cAll_", path.stem)
-        if sequence in wanted - bad:
+        if sequence in wanted:
             music = sequence.rpartition("_")[0].rpartition("_")[2]
             found.append(Source(f"{path.name}/{sequence}/{music}.wav", path))
         else:
             left_out["on the ignore list" if sequence in bad else "files that the list does not name"] += 1
-    left_out["sequences without a file"] = len(wanted - bad - {source.name.split("/")[1] for source in found})
+    left_out["sequences without a file"] = len(wanted - {source.name.split("/")[1] for source in found})
     return found, left_out
 
 
@@ -915,19 +915,16 @@ def _epic(files, table, lines, around):
         path = videos.get(row["video_id"])
         times = [re.fullmatch(r"(\d+):(\d+):([\d.]+)", row[f"{end}_timestamp"] or "") for end in ("start", "stop")]
         start, stop = (sum(float(n) * unit for n, unit in zip(t.groups(), (3600, 60, 1))) if t else 0 for t in times)
-        if path is None or stop <= start:
-            left_out["of videos that are not there" if path is None else "that end before they start"] += 1
-            continue
-        if path not in lengths:
+        if path and path not in lengths:
             try:
                 lengths[path] = probe(path).seconds or math.inf
             except ValueError:
                 lengths[path] = 0.0
-        if not lengths[path]:
-            left_out["of videos that cannot be read"] += 1
-            continue
-        if stop > lengths[path] + 0.1:
-            left_out["beyond the end of their videos"] += 1
+        why = ("of videos that are not there" if path is None else "that end before they start" if stop <= start
+               else "of videos that cannot be read" if not lengths[path]
+               else "beyond the end of their videos" if stop > lengths[path] + 0.1 else None)
+        if why:
+            left_out[why] += 1
             continue
         length = min(max(stop - start, around), lengths[path])
         start = min(max(0.0, (start + stop - length) / 2), lengths[path] - length)
