@@ -155,8 +155,7 @@ class Vocoder(nn.Module):
     """MelGAN's generator. `Vocoder(config)(mel (B, M, L))` -> wave (B, L*hop) in [-1, 1].
 
     Built without weight norm: training adds it with `add_weight_norm(vocoder)`; files hold `vocoder.folded()`.
-    Initialised as PyTorch does, which is also what the original effectively trains from (its normal(0, 0.02) is written
-    into tensors that weight norm recomputes before their first use)."""
+    Initialised as PyTorch does, as is the original in effect: weight norm undoes its normal(0, 0.02)."""
 
     Config = VocoderConfig
 
@@ -266,9 +265,7 @@ def discriminator_loss(real, fake):
 
 
 def mel_loss(output, wave, config):
-    """HiFi-GAN Eq. 3: mean absolute difference of the natural-log mels of two waves (B, S). Scalar.
-
-    HiFi-GAN takes natural logarithms, our mel log10: hence the factor ln 10."""
+    """HiFi-GAN Eq. 3: mean absolute difference of the natural-log mels (ours are log10) of two waves (B, S). Scalar."""
     return F.l1_loss(log_mel(output, config), log_mel(wave, config)) * math.log(10)
 
 
