@@ -543,10 +543,8 @@ def _draw_touches(rng, seconds):
     now, touches = -4.0, []
     while now < seconds + 3.0:
         now += 0.14 + rng.exponential(0.42 if balls > 1 else 0.3)
+        now += max(0.0, 0.35 - (now - last).max())  # until one of the balls has rested
         rested = now - last
-        if rested.max() < 0.35:
-            now += 0.35 - rested.max()
-            rested = now - last
         weight = np.where(rested >= 0.35 - 1e-9, rested**2, 0.0)
         ball = int(rng.choice(balls, p=weight / weight.sum()))
         touches.append((now, ball, now - last[ball]))
