@@ -257,15 +257,14 @@ def report(path, row, board=None):
     """One plain line on the terminal, one row of a CSV file and, if there is a board, its scalars."""
     shown = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items() if v == v}
     print("  ".join(f"{k} {v}" for k, v in shown.items()), flush=True)
-    new = not path.exists() or not path.stat().st_size
     with open(path, "a", newline="") as file:
         writer = csv.DictWriter(file, list(row))
-        if new:
+        if not file.tell():
             writer.writeheader()
         writer.writerow(row)
-    for name, value in row.items() if board else ():
-        board.add_scalar(name, value, row["step"])
     if board:
+        for name, value in row.items():
+            board.add_scalar(name, value, row["step"])
         board.flush()  # a run may be stopped at any time
 
 
