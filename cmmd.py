@@ -680,8 +680,7 @@ def generate(model: CMMD, video: torch.Tensor | None = None, audio: torch.Tensor
 
 
 def _frames_that_fill(known, given, frames, config):
-    """How many frames the clip has: those of a whole video, else those asked for, else as many as what is given fills.
-    """
+    """How many frames the clip has: those of a whole video, else those asked for, else what is given fills so many."""
     video, audio = known
     if given == 0 or frames is None and audio is None:
         return None if video is None else video.shape[1]
@@ -712,8 +711,8 @@ def _make(model, windows, T, seeds, guidance, sampler, stochasticity, known, kee
                   shift)
     if given is not None:
         x[given] = known[given]
-    if x[1] is not None and L > x[1].shape[2]:  # the last mel frame, if it only begins within the video, repeats the
-        x[1] = F.pad(x[1], (0, L - x[1].shape[2]), mode="replicate")  # one before
+    if x[1] is not None and L > x[1].shape[2]:  # a last mel frame that only begins within the video repeats another
+        x[1] = F.pad(x[1], (0, L - x[1].shape[2]), mode="replicate")
     video, audio = put_back(x, kept)
     return [video[:, :T], None if audio is None else audio[:, :, :L]]
 
