@@ -5,7 +5,7 @@ The method of the paper, over tensors: nothing here knows of files of media, fra
   the model    CMMDConfig, blocks, EasyFusion, CMMD: two U-Nets side by side            Fig. 1
   losses       joint_loss (Eq. 2), contrastive_loss (Eq. 6), the times of a training    Sec. 2.1, 2.2
   negatives    draw_negatives: shift, splice, swap                                      Sec. 2.2
-  sampler      generate: clean, replace or guide (Eqs. 3, 5), windows for any length    Sec. 2.1
+  sampler      generate: clean, replace or guide (Eqs. 3, 5), or by turns; any length   Sec. 2.1
   the rest     save, load, others' weights, devices, command lines: what serves all files
 
 Letters: B batch, T video frames, C channels, H W latent height and width, M mel bins, L mel frames. "velocity" is the
@@ -651,10 +651,10 @@ def generate(model: CMMD, video: torch.Tensor | None = None, audio: torch.Tensor
     for sounds) away from the prediction that does not see it, at t > 0.5; "replace" noised to the current level
     (Eq. 5), where guidance does nothing; "guide" also pulled down the gradient of its own reconstruction (Eq. 3) with
     lambda = guidance (default 1). Where no side is given whole, "clean" makes a picture that hears nothing, then sound
-    and picture by turns, each for the other (ours: Gibbs sampling); "replace" and "guide" make both at once, as the
-    paper does. What is kept of a side stands, as in Eq. 5, at the noise level of what is made of it.
-    steps: by default 3 for sounds and 6 for pictures, 10 by "replace" and "guide", 25 for both at once: see
-    `sampling_times`.
+    and picture by turns, each for the other, from the same noise (ours); "replace" and "guide" make both at once, as
+    the paper does. What is kept of a side stands, as in Eq. 5, at the noise level of what is made of it.
+    steps: by default 3 for sounds and 6 for pictures, of each turn too, 10 by "replace" and "guide", 25 for both at
+    once: see `sampling_times`.
     sampler: "ddim" with `stochasticity` s in [0, 1] (0 DDIM, 1 fresh noise at every step) or "dpm", DPM-Solver++(2M).
     seeds: one a sample; the same seed gives the same noise on any device and in any batch. Clips longer than a training
     window are cut into windows every `stride` frames, `window_batch` at a time, whose predictions are blended at every
@@ -663,12 +663,13 @@ def generate(model: CMMD, video: torch.Tensor | None = None, audio: torch.Tensor
     config, given, device = model.config, _given_whole((video, audio), keep), next(model.parameters()).device
     known = [x if x is None else x.to(device).float() for x in (video, audio)]
     T = _frames_that_fill(known, given, frames, config)
-    if not T or T < 1 or not len(seeds) or any(len(seeds) != len(x) for x in known if x is not None):
+    fits = len(seeds) and all(len(seeds) == len(x) for x in known if x is not None)
+    if not isinstance(T, Integral) or T < 1 or not fits:
         raise ValueError(f"generate needs at least one frame and one seed a sample; got {T} frames, {len(seeds)} seeds")
     make = partial(_make, model, Windows(T, config, stride, window_batch), T, seeds, guidance, sampler, stochasticity)
-    parts = [(condition, given)]
-    if given is None and condition == "clean":
-        parts = [("alone", 1), *[("clean", 0), ("clean", 1)] * TURNS, ("clean", 0)]
+    parts = [(condition, given)]  # how, and for which side the other is made
+    if given is None and condition == "clean":  # a picture, sound and picture by turns, a sound
+        parts = [("blind", 1), *[("clean", 0), ("clean", 1)] * TURNS, ("clean", 0)]
     times = [sampling_times(steps, side, way) for way, side in parts]
     total, done, made = sum(len(t) - 1 for t in times), 0, list(known)
     for (way, side), t in zip(parts, times):
@@ -680,20 +681,19 @@ def generate(model: CMMD, video: torch.Tensor | None = None, audio: torch.Tensor
 
 
 def _frames_that_fill(known, given, frames, config):
-    """How many frames the clip has: those of a whole video, else those asked for, else what is given fills so many."""
-    video, audio = known
-    if given == 0 or frames is None and audio is None:
-        return None if video is None else video.shape[1]
-    if frames is not None:
+    """How many frames the clip has: those of a whole video, else those asked for, else as many as what is given fills.
+    """
+    if frames is not None and given != 0:
         return frames
-    heard = math.floor((audio.shape[2] - 1) * config.hop * config.fps / config.sample_rate + 1e-6) + 1  # mel reaches
-    return heard if video is None else max(heard, video.shape[1])
+    seen, L = 0 if known[0] is None else known[0].shape[1], 0 if known[1] is None else known[1].shape[2]
+    heard = math.floor((L - 1) * config.hop * config.fps / config.sample_rate + 1e-6) + 1  # that the mel reaches into
+    return seen if given == 0 else max(seen, heard)
 
 
 def _make(model, windows, T, seeds, guidance, sampler, stochasticity, known, keep, given, condition, times, progress):
     """Make the side that is not `given`, or both if it is None, down the noise levels `times` -> [video, audio].
 
-    condition "alone": the side `given` is nothing but noise; None stands in its place."""
+    condition "blind": the side `given` is nothing but noise; None stands in its place."""
     config, device = model.config, next(model.parameters()).device
     H, W = [config.size // 8] * 2 if known[0] is None else known[0].shape[3:]
     L = known[1].shape[2] if given == 1 and known[1] is not None else mel_frames(T, config)
@@ -705,13 +705,13 @@ def _make(model, windows, T, seeds, guidance, sampler, stochasticity, known, kee
     if given is not None and condition == "clean" and not guidance:
         noise[given] = None  # drawn so that the generators go on alike, then never seen
     kept = [(side, known[side], mask.to(device)) for side, mask in enumerate(keep) if mask is not None]
-    shift = 1 if condition in ("clean", "alone") else config.shift  # only one side is noisy there
+    shift = 1 if condition in ("clean", "blind") else config.shift  # only one side is noisy there
     predict = _predictor(model, windows, None if given is None else known[given], given, condition, guidance, shift)
     x = integrate(lambda *a: put_back(predict(*a), kept), noise, given, times, sampler, stochasticity, draw, progress,
                   shift)
     if given is not None:
         x[given] = known[given]
-    if x[1] is not None and L > x[1].shape[2]:  # a last mel frame that only begins within the video repeats another
+    if x[1] is not None and L > x[1].shape[2]:  # a last mel frame only begins within the video: the one before again
         x[1] = F.pad(x[1], (0, L - x[1].shape[2]), mode="replicate")
     video, audio = put_back(x, kept)
     return [video[:, :T], None if audio is None else audio[:, :, :L]]
@@ -731,7 +731,7 @@ def put_back(x, kept):
 
 
 def _given_whole(known, keep):
-    """Which side is given whole: 0 video, 1 audio or None. ValueError where that leaves nothing, or a mask is odd."""
+    """Which side is given whole: 0 video, 1 audio or None. ValueError: nothing is left, or a mask does not fit."""
     whole = [side for side in (0, 1) if known[side] is not None and keep[side] is None]
     if len(whole) == 2:
         raise ValueError("generate was given both video and audio: nothing is left to make; `keep` tells which part to")
@@ -763,7 +763,7 @@ def integrate(predict, noise, given, times, sampler="ddim", stochasticity=0.0, d
     """From pure noise down the noise levels `times`, from 1 to 0, -> [video, audio]. shift: see `levels`.
 
     predict(x, t, noise) -> [video, audio], the predicted clean data; what it sees of the side `given` is its own
-    business: that side's x, noise and prediction may be None. The tensors `noise` become what is made."""
+    business: that side's x, noise and prediction may be None. The tensors `noise` are overwritten by what is made."""
     x, before, steps = list(noise), None, len(times) - 1
     for i in range(steps):
         x_0 = predict(x, times[i], noise)
@@ -786,7 +786,7 @@ def sampling_times(steps=None, given=None, condition="clean"):
 
     Sound of a clean video: equal steps, 3 unless told otherwise. Else 1 - (i / steps)^2, dense at high noise, where
     what happens when is decided and where a training draws most of its times (`draw_times`: 1 - u^2): 6 for pictures
-    of a clean sound, or alone, 10 by "replace" and "guide", 25 for both at once."""
+    of a clean sound, or of none, 10 by "replace" and "guide", 25 for both at once."""
     steps = steps or (25 if given is None else 10 if condition in ("replace", "guide") else (3, 6)[given])
     power = 1 if given == 0 and condition == "clean" else 2
     return [1 - (i / steps) ** power for i in range(steps + 1)]
@@ -823,7 +823,7 @@ def dpm_step(x_t, x_0, x_0_before, t, t_next, t_before):
 
 def _predictor(model, windows, known, given, condition, guidance, shift):
     """How the given side enters, as a function predict(x, t, noise) -> [video, audio] clean, for `integrate`. In its
-    place the model sees: "clean": itself, at t = 0; "alone": noise, at t = 1; "replace" and "guide": itself, noised to
+    place the model sees: "clean": itself, at t = 0; "blind": noise, at t = 1; "replace" and "guide": itself, noised to
     t; none given: what has been made of it so far, at t."""
 
     def at(x, times):
@@ -839,13 +839,13 @@ def _predictor(model, windows, known, given, condition, guidance, shift):
         x[given], times[given] = other, level
         return at(x, times)
 
-    def alone(x, t, noise):
+    def blind(x, t, noise):
         return beside(x, t, noise[given], 1.0)
 
     def clean(x, t, noise):
         seeing, made = beside(x, t, known, 0.0), 1 - given
         if guidance and t > GUIDED:
-            push_away(seeing[made], alone(x, t, noise)[made], guidance)
+            push_away(seeing[made], blind(x, t, noise)[made], guidance)
         return seeing
 
     def noised(x, t, noise):
@@ -858,7 +858,7 @@ def _predictor(model, windows, known, given, condition, guidance, shift):
         pulled = x_0 - guidance * signal * gradient
         return [None, pulled] if given == 0 else [pulled, None]
 
-    return joint if given is None else {"clean": clean, "alone": alone}.get(condition, noised)
+    return joint if given is None else {"clean": clean, "blind": blind}.get(condition, noised)
 
 
 def push_away(x, blind, guidance):

@@ -930,7 +930,7 @@ def _epic(files, table, lines, around):
     return found, left_out
 
 
-# ---- Caches: every file of a folder decoded once, then read by slice
+# ---- Caches: every source decoded once, then read by slice
 
 CACHE_FPS = 2  # frames kept per second of video: nearer ones teach an autoencoder little
 

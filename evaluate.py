@@ -52,8 +52,8 @@ import numpy as np
 import torch
 
 from cmmd import (
-    CMMD, CONDITIONS, SIZES, CMMDConfig, Parser, atomic, contrastive_loss, fast_autocast, generate, joint_loss,
-    json_object, levels, number, sample as door, usable_device, whole_mel_frames)
+    CMMD, CONDITIONS, SIZES, CMMDConfig, Parser, atomic, check_sampling, contrastive_loss, fast_autocast, generate,
+    joint_loss, json_object, levels, number, sample as door, usable_device, whole_mel_frames)
 from cmmd.data import (
     KIND_HUE, KIND_PITCH, SOUND_TYPES, TEMPI, TRAINING_SEED, VIDEO_TYPES, WORLDS, bounce, check_output,
     find_sources, probe, read_audio, read_video, share_of, write_clip)
@@ -103,7 +103,7 @@ def machine(device=None):
 
 def write_result(path, result):
     """Everything as .json, or the rows as .csv."""
-    with atomic(path) as temporary, open(temporary, "w", newline="") as file:
+    with atomic(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         if Path(path).suffix == ".json":
             json.dump(finite(result), file, indent=1, allow_nan=False)
         else:
@@ -118,7 +118,7 @@ def read_result(path):
         result = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error}); give a result that --out wrote") from None
-    if not isinstance(result, dict) or "rows" not in result:
+    if not isinstance(result, dict) or not all(isinstance(row, dict) for row in result.get("rows", [None])):
         raise ValueError(f"{path}: has no rows; give a result that --out wrote")
     return result
 
@@ -167,9 +167,9 @@ def event_counts(found, true, tolerance):
     return np.array([(len(match(f, t, tolerance)), len(f), len(t)) for f, t in zip(found, true)]).reshape(-1, 3)
 
 
-def kind_counts(found, true, tolerance=TOLERANCES[0]):
-    """Of the Events of one clip (right, matched): how many of those matched are of the right kind."""
-    pairs = match(found.times, true.times, tolerance)
+def kind_counts(found, true):
+    """Of the Events of one clip (right, matched): how many of those matched within 50 ms are of the right kind."""
+    pairs = match(found.times, true.times, TOLERANCES[0])
     return sum(int(found.kinds[i] == true.kinds[j]) for i, j in pairs), len(pairs)
 
 
@@ -186,10 +186,10 @@ def share(counts):
     return np.divide(right, total, out=np.full_like(total, np.nan), where=total != 0)
 
 
-def bootstrap(counts, statistic, draws=2000, seed=0):
-    """95 % interval of statistic(pooled counts (draws, ...)) over clips drawn with replacement; counts (N, ...)."""
+def bootstrap(counts, statistic):
+    """95 % interval of statistic(pooled counts (2000, ...)) over clips drawn with replacement; counts (N, ...)."""
     counts = np.asarray(counts)
-    picks = np.random.default_rng(seed).integers(0, len(counts), (draws, len(counts)))
+    picks = np.random.default_rng(0).integers(0, len(counts), (2000, len(counts)))
     values = statistic(np.stack([counts[pick].sum(0) for pick in picks]))
     values = values[~np.isnan(values)]
     return tuple(np.percentile(values, (2.5, 97.5)).tolist()) if len(values) else (np.nan, np.nan)
@@ -215,10 +215,10 @@ def onsets(mel, hop_seconds):
 
 # ---------------------------------------------------------------- pitch
 
-def pitch_templates(config, pitches=KIND_PITCH):
-    """What a pure tone at each pitch (Hz) looks like in linear mel, scaled to respond 1 to itself: (K, M)."""
+def pitch_templates(config):
+    """What a pure tone at each of KIND_PITCH looks like in linear mel, scaled to respond 1 to itself: (K, M)."""
     seconds = torch.arange(8 * config.n_fft) / config.sample_rate
-    tones = torch.sin(2 * torch.pi * torch.tensor(pitches)[:, None] * seconds)  # (K, S)
+    tones = torch.sin(2 * torch.pi * torch.tensor(KIND_PITCH)[:, None] * seconds)  # (K, S)
     shapes = 10 ** log_mel(tones, config).double().median(dim=2).values.numpy()  # (K, S) -> (K, M)
     return shapes / (shapes ** 2).sum(axis=1, keepdims=True)
 
@@ -240,7 +240,8 @@ def impacts(mels, config):
 
 
 def sound_scores(mels, clips, config):
-    """Of log10 mels (N, M, L) made for N world clips: onset F1 at 50 and 100 ms, share of matched onsets in pitch."""
+    """Of log10 mels (N, M, L) made for N world clips: onset F1 at 50 and 100 ms, and how many matched onsets have their
+    ball's pitch."""
     found, true = impacts(mels, config), [clip.times for clip in clips]
     counts = {tol: event_counts([events.times for events in found], true, tol) for tol in TOLERANCES}
     figures = {f"f1_{round(tol * 1000)}": float(scores(each.sum(0)).f1) for tol, each in counts.items()}
@@ -374,9 +375,9 @@ def psnr(a, b):
     return -10 * torch.log10((a - b).square().mean(dim=(-3, -2, -1)).clamp_min(1e-10))
 
 
-def bicubic_baseline(frames, factor=8):
-    """Frames (T, 3, H, W) in [0, 1], made smaller by `factor` and larger again, with as much detail as is left."""
-    small = torch.nn.functional.interpolate(frames, scale_factor=1 / factor, mode="bicubic", antialias=True)
+def bicubic_baseline(frames):
+    """Frames (T, 3, H, W) in [0, 1], made smaller 8 times and larger again, with as much detail as is left."""
+    small = torch.nn.functional.interpolate(frames, scale_factor=1 / 8, mode="bicubic", antialias=True)
     return torch.nn.functional.interpolate(small, size=frames.shape[-2:], mode="bicubic").clamp(0, 1)
 
 
@@ -440,12 +441,12 @@ def motion(path, seconds=None, size=128):
     return flow_peaks([float(np.linalg.norm(flow, axis=2).mean()) for flow in flows]) / FPS
 
 
-def common_rate(paths, most=25):
+def common_rate(paths):
     """The lowest of the files' frame rates, at most 25: what shows fewer frames would seem to stand still between."""
-    rates = [most]
+    rates = [25]
     for path in paths:
         with contextlib.suppress(ValueError):  # it will be named where it is read
-            rates.append(probe(path).fps or most)
+            rates.append(probe(path).fps or 25)
     return min(rates)
 
 
@@ -531,10 +532,11 @@ def active_counts(made, true):
 
 def time_measures(what, needs, parts=("F1", "precision", "recall")):
     """Scores of the times `needs`, in seconds."""
-    for ms in (50, 100):
-        rows = {f"{what}{part} ±{ms} ms": lambda c, part=part.lower(): getattr(scores(c), part) for part in parts}
-        yield Measure(rows, (needs,) * 2, lambda a, b, s=ms / 1000: event_counts(
-            [getattr(a, needs)], [getattr(b, needs)], s)[0])
+    for s in TOLERANCES:
+        rows = {f"{what}{part} ±{1000 * s:.0f} ms": lambda c, part=part.lower(): getattr(scores(c), part)
+                for part in parts}
+        count = lambda a, b, s=s: event_counts([getattr(a, needs)], [getattr(b, needs)], s)[0]
+        yield Measure(rows, (needs,) * 2, count)
 
 
 def world_measures():
@@ -568,8 +570,8 @@ def measures():
 def pair_rows(measure, clips, rotations=20):
     """Rows of one measure over clips [(made, true, again)]: value with its interval over clips, chance, ceiling.
 
-    made: K outputs; true: what they should be; again: the most that is possible, or None. Chance is that of the outputs
-    with the truths of other clips, the mean of so many ways to rotate them: all, where that is the number of clips."""
+    made: K outputs; true: what they should be; again: the most that is possible, or None. Chance: the outputs with
+    other clips' truths, pooled over so many rotations of the clips; as many as there are clips are all."""
     own = measure.needs[1] == "motion_peaks"
     other = lambda made, true: made if own else true
 
@@ -623,7 +625,7 @@ def score_table(rows):
     head = ["metric", "paper¹", "ours [95 %]", "chance²", "p⁴", "ceiling³", "n", "skipped, notes"]
     return [*table(head, lines), "", "¹ CMMD / nCMMD / MM-Diffusion on AIST++. ² The same outputs against other clips' "
             "truths. ³ The truth as output: through vocoder or VAE, with its own picture, or a part of the reference "
-            "against the rest. ⁴ Of being no better than chance, clip by clip (Wilcoxon)."]
+            "against the rest. ⁴ Of no difference from chance, clip by clip (Wilcoxon)."]
 
 
 # ---------------------------------------------------------------- distances between sets
@@ -674,7 +676,7 @@ def video_logits(i3d, paths, frames, size, batch, device):
 
 def load_i3d(path, device):
     """The I3D TorchScript file that the user has; ValueError for another."""
-    device = usable_device(device or "cpu")
+    device = usable_device(device)
     try:
         return torch.jit.load(path, map_location=device).eval()
     except (RuntimeError, ValueError) as error:
@@ -688,7 +690,7 @@ def video_rows(pairs, i3d, args):
     for frames, size in itertools.product(args.frames, args.sizes):
         try:
             with torch.no_grad():
-                made, true = ([video_logits(i3d, paths, frames, size, args.batch, args.device or "cpu")
+                made, true = ([video_logits(i3d, paths, frames, size, args.batch, args.device)
                                for paths in group] for group in (draws, [[pair.reference for pair in pairs]]))
         except ValueError as error:
             yield row(f"FVD, KVD, {frames} frames ({size})", note=f"all: {error}")
@@ -791,7 +793,7 @@ class Worlds:
         for clips in batches(self.clips, self.batch):
             frames = to_frames(np.stack([through_video_file(clip, self.folder) for clip in clips]))
             latents.append(self.models.vae.encode(frames.to(self.device)).cpu())
-            back = self.models.vae.decode(latents[-1].to(self.device)).cpu().clamp(-1, 1)
+            back = self.models.vae.decode(latents[-1].to(self.device)).cpu()
             true = (frames.flatten(0, 1) + 1) / 2  # (B, T, 3, H, W) -> (B*T, 3, H, W) in [0, 1]
             own.append(psnr((back.flatten(0, 1) + 1) / 2, true))
             bicubic.append(psnr(bicubic_baseline(true), true))
@@ -838,7 +840,7 @@ class Worlds:
         true = self.seen(videos) if self.make == "both" else self.clips
         clips = [([one], other, None) for one, other in zip(found, true)]
         rows = [line for measure in world_measures() for line in pair_rows(measure, clips, rotations=len(clips))]
-        if self.embed and waves is not None:
+        if self.embed and self.make != "picture":
             rows.append(row("Fréchet distance", frechet(self.fit(waves), self.true_fit), n=len(waves)))
         self.found[name] = [events.times.round(4).tolist() for events in found]
         return [{"name": name} | line for line in rows if line["value"] is not None]
@@ -857,7 +859,7 @@ class Worlds:
     def spread(self, latents, mel):
         """How varied N clips are: distances (root mean square) of any two, kinds, counts and tempi seen -> dict."""
         videos, figures = self.draw(latents), {}
-        seen = [picture_events(video, self.fps, self.name) for video in videos]
+        seen = self.seen(videos)
         for side, x in (("pictures", latents), ("sounds", self.models.cmmd.normalise(mel))):
             apart = torch.pdist(x.flatten(1).double()) / math.sqrt(x[0].numel())
             figures[f"distance of two {side}: least, median"] = [float(apart.min()), float(apart.median())]
@@ -894,6 +896,7 @@ def worlds(args):
     models = load_models(args.weights, args.device)
     settings = {key: getattr(args, key) for key in ("steps", "guidance", "stochasticity", "sampler")
                 if getattr(args, key) is not None}
+    check_sampling(condition="clean", **{"steps": None} | settings)
     result = {key: getattr(args, key) for key in ("world", "make", "n", "seconds", "weights")}
     result |= {"seeds": [args.seed_start, args.seed_start + args.n - 1], "settings": settings,
                "embedding": args.embedding, "machine": machine(args.device)}
@@ -901,15 +904,16 @@ def worlds(args):
         seeds = range(args.seed_start, args.seed_start + args.n)
         world = Worlds(models, args.world, args.make, seeds, args.seconds, args.batch, folder, embed)
         rows, result["steps"], result["variety"] = world.ceilings(), {}, {}
-        for condition in [way for way in args.condition if args.make != "both" or way != "guide"]:  # as "replace"
+        both = args.make == "both"  # of which guide is replace
+        for condition in dict.fromkeys("replace" if both and way == "guide" else way for way in args.condition):
             start = time.perf_counter()
             made = world.generate(condition=condition, **settings,
                                   progress=lambda done, of: result["steps"].update({condition: of}))
             rows += world.scored(condition, *made)
-            if args.make == "both":
+            if both:
                 result["variety"][condition] = world.spread(*made)
             print(f"{condition}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
-        if args.make == "both":
+        if both:
             result["variety"]["the world's own"] = world.spread(world.latents, world.mel)
         beats = beat_rows(world.found) if args.world == "dance" and args.make == "sound" else []
         result |= {"rows": beside_ceiling(rows) + beats, "found": world.found, **world.quality()}
@@ -1000,8 +1004,9 @@ def single_counts(path, result):
     """A result of `worlds` or `folders` -> {figure: (its statistic, the counts of each clip, None where there are
     none)}."""
     statistics = {name: f for measure in (*world_measures(), *measures()) for name, f in measure.rows.items()}
+    known = [line for line in result["rows"] if line.get("metric") in statistics and "counts" in line]
     found = {", ".join(filter(None, (line.get("name"), line["metric"]))): (statistics[line["metric"]], line["counts"])
-             for line in result["rows"] if "counts" in line and not line.get("name", "").startswith("true")}
+             for line in known if not line.get("name", "").startswith("true")}
     if not found:
         raise ValueError(f"{path}: has no counts of single clips; make it anew with `evaluate.py worlds` or `folders`")
     return found
@@ -1125,8 +1130,8 @@ def match_folders(generated, reference):
 def listen(pairs, args, embed, config, fps):
     """Every clip of the pairs, heard -> {name: (K Heard, the truth Heard, and through --vocoder and --vae or None)},
     and why others were left out. Outputs and truth are cut to the same length; movement is seen at `fps`."""
-    vocoder = load_vocoder(args.vocoder).eval() if args.vocoder else None
-    vae = load_vae(args.vae).eval() if args.vae else None
+    vocoder = load_vocoder(args.vocoder) if args.vocoder else None
+    vae = load_vae(args.vae) if args.vae else None
     clips, left_out = {}, []
     for pair in pairs:
         paths = [*pair.generated, pair.reference]
@@ -1207,8 +1212,8 @@ def fad_rows(clips, others, result):
     median = lambda key: float(np.median(fad[key])) if fad[key] else None
     note = "ceiling: {} true clips against {} others".format(*fad["sizes"])
     return [row("FAD per set", fad["set"], ceiling=fad["ceiling"], n=len(made), note=note),
-            row("FAD per sample, median", median("samples"), "", (None, None), None, median("truth_samples"),
-                len(fad["samples"]), few)]
+            row("FAD per sample, median", median("samples"), ceiling=median("truth_samples"), n=len(fad["samples"]),
+                note=few)]
 
 
 def folders(args):
@@ -1237,7 +1242,7 @@ def folders(args):
         rows += fad_rows(clips, [embed(path, wave) for path, wave in read(others)], result)
     rows += video_rows(pairs, i3d, args) if i3d else ()
     result |= {"clips": len(pairs), "names": list(heard), "draws": len(pairs[0].generated), "seconds": args.seconds,
-               "machine": machine(),
+               "machine": machine(args.device),
                "left_out": [*left_out, *(f"{path}: not in {args.reference}" for path in unmatched)], "rows": rows}
     asked = {"FAD (--embedding)": embed, "FVD, KVD (--i3d)": i3d}
     result["not_asked"] = [name for name, given in asked.items() if not given]
@@ -1271,7 +1276,7 @@ def draw(function, content, path):
         drawing.savefig(temporary)
 
 
-def draw_events(drawing, files, tolerance=TOLERANCES[1]):
+def draw_events(drawing, files):
     """Fig. 2: frames, the true mel, generated mels; true onsets circled, green where matched and red where missed."""
     config = VocoderConfig()
     hop = config.hop / config.sample_rate
@@ -1286,7 +1291,7 @@ def draw_events(drawing, files, tolerance=TOLERANCES[1]):
     for axis, path, mel in zip(axes[1:], files, mels):
         axis.imshow(mel, aspect="auto", origin="lower", cmap="magma", extent=(0, mel.shape[1] * hop, 0, len(mel)))
         found = onsets(mel, hop)
-        hits = {j: found[i] for i, j in match(found, true, tolerance)}
+        hits = {j: found[i] for i, j in match(found, true, TOLERANCES[1])}
         for j, time in enumerate(true):
             frame = int(np.clip((hits.get(j, time) + ONSET_BIAS) / hop - 0.5, 1, mel.shape[1] - 1))
             loudest = np.argmax(mel[:, frame] - mel[:, frame - 1])  # the bin that rises most
@@ -1331,7 +1336,7 @@ def draw_steps(drawing, files):
     for path in files:
         result = read_result(path)
         steps = result.get("steps", {})
-        found = [line for line in result["rows"] if line.get("metric") == "F1 ±50 ms" and line["name"] in steps]
+        found = [line for line in result["rows"] if line.get("metric") == "F1 ±50 ms" and line.get("name") in steps]
         if not found:
             raise ValueError(f"{path}: no result of worlds; make it with: worlds ... --steps N --out {path}")
         for line in found:
@@ -1679,7 +1684,6 @@ PORTS = ("VAE encode", "VAE decode", "MelGAN", "mel")  # against diffusers, diff
 
 def ports(args):
     """The command `ports`: our networks beside the originals, same weights and input, in time and memory."""
-    torch.set_num_threads(args.threads)
     if "MelGAN" in args.only and not args.melgan:
         print("MelGAN is left out: it needs --melgan, a clone of descriptinc/melgan-neurips", file=sys.stderr)
     rows = [port_row(what, args) for what in PORTS if what in args.only and (what != "MelGAN" or args.melgan)]
@@ -1780,7 +1784,6 @@ def port_memory(what, side, frames, size, args):
     freed, so that it is what the call holds and not what the allocator keeps."""
     if sys.platform == "linux":
         ctypes.CDLL(None).mallopt(-3, 2**16)  # M_MMAP_THRESHOLD
-    torch.set_num_threads(args.threads)
     return memory_of_call(port_pair(what, frames, size, args)[side])
 
 
@@ -1827,7 +1830,6 @@ PASSES = {"pass": 3, "mm-diffusion": 1000}  # to make the sound of a clip: our d
 def bench(args):
     """The command `bench`: one pass of the model, the same of MM-Diffusion, and steps of training, each in a fresh
     process: parameters, GFLOP, seconds and peak memory."""
-    torch.set_num_threads(args.threads)
     try:
         [replace(CMMDConfig(**SIZES[size]), **args.config) for size in args.sizes]
     except TypeError as error:
@@ -1847,7 +1849,6 @@ def bench(args):
 def bench_row(what, name, args):
     """One row, measured in this process: median and range of the repeats after a first one, which tells the memory."""
     from torch.utils.flop_counter import FlopCounterMode
-    torch.set_num_threads(args.threads)
     cuda = "cuda" in args.device
     wait = torch.cuda.synchronize if cuda else lambda: None
     call, parameters, clips = mm_diffusion_pass(args) if what == "mm-diffusion" else model_call(what, name, args)
@@ -1992,12 +1993,12 @@ def arguments():
     for command in (worlds_, clips_):
         command.add_argument("--seconds", type=number(0.1, 7200), default=1.8, help="length of a clip (default: "
                              "%(default)s)")
-    worlds_.add_argument("--condition", nargs="*", default=CONDITIONS, choices=CONDITIONS, help="(default: all; of both "
-                         "sides, guide is replace)")
-    worlds_.add_argument("--guidance", type=float)
-    worlds_.add_argument("--stochasticity", type=float)
-    worlds_.add_argument("--sampler", choices=["ddim", "dpm"])
-    worlds_.add_argument("--batch", type=int, default=16)
+    worlds_.add_argument("--condition", nargs="+", default=CONDITIONS, choices=CONDITIONS, help="(default: all; where "
+                         "both are made, guide is replace)")
+    worlds_.add_argument("--guidance", type=float, help="(default: the condition's own)")
+    worlds_.add_argument("--stochasticity", type=float, help="share of fresh noise at every step (default: 0)")
+    worlds_.add_argument("--sampler", choices=["ddim", "dpm"], help="(default: ddim)")
+    worlds_.add_argument("--batch", type=number(1, 10**6, int), default=16, help="clips at once (default: %(default)s)")
     worlds_.add_argument("--embedding", help="for the Fréchet distance of sounds: MODULE:FUNCTION or FILE.py:FUNCTION")
     speed_ = commands.add_parser("speed", help="seconds by stage and peak memory of sampling sound for a video file")
     speed_.add_argument("--seconds", type=float, nargs="+", default=[10, 100, 600],
@@ -2006,7 +2007,7 @@ def arguments():
     speed_.add_argument("--steps", type=int, default=3, help="sampler steps (default: %(default)s)")
     for command in (worlds_, speed_, pairs_):
         command.add_argument("--weights", default="worlds", help="name in the box, or folder (default: %(default)s)")
-        command.add_argument("--device")
+        command.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
         command.add_argument("--out", help="also write everything to this .json, or the rows to this .csv")
     folders_arguments(commands.add_parser("folders", help="clips against the true ones; the word may be left out"))
     figure_ = commands.add_parser("figure", help="Fig. 2 and frames (of clips), 4 (of folders), Eq. 6 (in training), "
@@ -2015,18 +2016,18 @@ def arguments():
     figure_.add_argument("picture", help=".png, .pdf or .svg to write")
     figure_.add_argument("files", nargs="+", help="2: TRUE GENERATED ...; 4, steps: .json files; eq6: cmmd-log.csv "
                       "files; frames: clips")
-    steps = commands.add_parser("study", help="a rating page for listeners, and what they said").add_subparsers(
+    study = commands.add_parser("study", help="a rating page for listeners, and what they said").add_subparsers(
         dest="step", required=True)
-    make = steps.add_parser("make", help="write the page, and PAGE.key.csv that tells which clip is whose")
+    make = study.add_parser("make", help="write the page, and PAGE.key.csv that tells which clip is whose")
     make.add_argument("page", help=".html to write")
     make.add_argument("--task", choices=QUESTIONS, required=True, help="which of the paper's questions are asked")
     make.add_argument("--model", nargs="+", required=True, metavar="NAME=FOLDER", help="every clip of each is rated")
     make.add_argument("--seed", type=int, default=0, help="another seed, another order (default: %(default)s)")
-    read = steps.add_parser("read", help="mean opinion scores, tests, Fig. 5")
+    read = study.add_parser("read", help="mean opinion scores, tests, Fig. 5")
     read.add_argument("files", nargs="+", help="the raters' .csv files")
     read.add_argument("--key", nargs="+", required=True, help="the .key.csv of the page(s)")
     read.add_argument("--figure", help="also draw Fig. 5 to this .png, .pdf or .svg")
-    ports_arguments(commands)
+    network_arguments(commands)
     return parser
 
 
@@ -2045,11 +2046,11 @@ def folders_arguments(command):
     command.add_argument("--vocoder", help="vocoder.safetensors, for the ceiling: the truth through mel and vocoder")
     command.add_argument("--vae", help="vae.safetensors, for the ceiling of movement: the truth through it")
     command.add_argument("--batch", type=int, default=8, help="videos that I3D sees at once (default: %(default)s)")
-    command.add_argument("--device", help="for I3D (default: cpu)")
+    command.add_argument("--device", default="cpu", help="for I3D (default: %(default)s)")
     command.add_argument("--out", nargs="+", default=[], help="also write everything to .json, or the rows to .csv")
 
 
-def ports_arguments(commands):
+def network_arguments(commands):
     """The commands `vocoder`, `ports` and `bench`."""
     vocoders = commands.add_parser("vocoder", help="how near to true sounds vocoders come, beside Griffin-Lim")
     vocoders.add_argument("--data", nargs="+", required=True, metavar="FOLDER", help=f"or a world: {', '.join(WORLDS)}")
@@ -2072,7 +2073,6 @@ def ports_arguments(commands):
     speeds.add_argument("--device", default="cpu", help="(default: %(default)s)")
     for command in (beside, speeds):
         command.add_argument("--repeats", type=int, default=5, help="(default: %(default)s)")
-        command.add_argument("--threads", type=int, default=1, help="(default: %(default)s)")
     for command in (vocoders, beside, speeds):
         command.add_argument("--out", help="also write everything to this .json, or the rows to this .csv")
 

@@ -428,7 +428,7 @@ def _audio_input(audio, sample_rate, seconds, models):
     wave = wave[: round(seconds * config.sample_rate)] if seconds else wave
     T = data.frame_count(len(wave) / config.sample_rate, config.fps)
     canvas = np.pad(wave, (0, max(0, mel_frames(T, config) * config.hop - len(wave))))
-    mel = models.vocoder.mel(torch.from_numpy(canvas)[None].to(device))[..., : mel_frames(T, config)]
+    mel = log_mel(torch.from_numpy(canvas)[None].to(device), models.vocoder.config)[..., : mel_frames(T, config)]
     return wave, models.cmmd.normalise(mel)
 
 
@@ -549,9 +549,10 @@ def _arguments(argv):
         parser.add_argument(f"--make-{name}", type=float, nargs=2, metavar=("START", "END"), help="make only this "
                             f"stretch (in seconds; inf: to the end) of the {whose}, and keep the rest")
     parser.add_argument("--weights", default="worlds", help="name in weights/, or a folder (default: %(default)s)")
-    parser.add_argument("--steps", type=int, help="denoising steps (default: 3 for sounds, 6 for pictures, 10 by "
-                        "replace and guide, 25 where these make both)")
-    parser.add_argument("--condition", default="clean", choices=CONDITIONS, help="how what is given enters")
+    parser.add_argument("--steps", type=int, help="denoising steps (default: 3 for sounds, 6 for pictures, also of "
+                        "each turn where both are made; replace and guide: 10, for both 25)")
+    parser.add_argument("--condition", default="clean", choices=CONDITIONS, help="how what is given enters; where "
+                        "nothing is, clean makes both by turns, the others at once")
     parser.add_argument("--guidance", type=number(), help="strength of the guidance (default: the condition's own)")
     parser.add_argument("--stochasticity", type=number(0, 1), default=0.0, help="share of the noise that is drawn "
                         "anew at every step; 0: DDIM (default: %(default)s)")

@@ -283,9 +283,9 @@ def clip_seed(seed, item):
 
 
 def open_data(args, decode):
-    """What --data names -> the sources to train on, one an entry, and {entry: source} of what no step sees. A world
-    stays its name, of which other seeds are meant then; a folder becomes decode(folder, cache), a FileCache, and two of
-    its shares. ValueError where all of its files are held out; resuming is refused where they changed."""
+    """What --data names -> the sources to train on, one an entry, and {entry: source} of what no step sees: the name of
+    a world, whose seeds tell the two apart, or shares of the FileCache decode(folder, cache). ValueError where all of
+    its files are held out; resuming is refused where they changed."""
     cache = args.cache or Path(args.out) / "cache"
     sources = [entry if entry in WORLDS else decode(entry, cache) for entry in args.data]
     args.files = [source.fingerprint() for source in sources if isinstance(source, FileCache)]
@@ -306,8 +306,8 @@ def open_data(args, decode):
 
 @dataclass
 class Draws:
-    """[step] -> [the first `batch` of what draw(source, seed) gives, tensors (each, ...), one after the other], the
-    sources taking turns."""
+    """Batches: [step] -> [tensor (batch, ...)] of what draw(source, seed) gives, `each` at a call, the sources taking
+    turns."""
 
     draw: Callable  # a function that other processes can import
     each: int
@@ -323,7 +323,7 @@ class Draws:
 
 
 def first_unseen(source):
-    """The seed from which on what is drawn of `open_data`'s unseen sources is unseen: a share of files needs none."""
+    """The first seed to draw validation clips with: a world's are unseen from there on, a share of files always is."""
     return 0 if isinstance(source, FileCache) else VALIDATION_SEED
 
 
@@ -656,6 +656,8 @@ class HeldOut:
     def world_figures(self, sounds, made):
         """Onset F1 and pitch (of `bounce`) of sounds (N, M, L), F1 of events in pictures, latents (N, T, C, H, W)."""
         out = sound_scores(sounds, self.worlds, self.config)
+        if self.name != "bounce":
+            del out["pitch"]  # which is of balls
         seen = [picture_events(frames, self.config.fps, self.name)[0] for frames in to_uint8(self.vae.decode(made))]
         out["seen_100"] = float(scores(event_counts(seen, [clip.times for clip in self.worlds], 0.1).sum(0)).f1)
         return out

@@ -102,8 +102,8 @@ class Middle(nn.Module):
 
 
 def level(c_in, c_out, blocks, groups, downsample=False, upsample=False):
-    """One level: residual blocks, then perhaps half the size, padded at the right and bottom only, or twice the size,
-    by nearest neighbours. Its parts are named as in the published weights."""
+    """One level: residual blocks, then, if asked, a convolution that halves the size, padded at the right and bottom
+    only, or one after nearest neighbours at twice the size. Its parts are named as in the published weights."""
     parts = OrderedDict(resnets=nn.Sequential(
         *(ResidualBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(blocks))))
     if downsample:

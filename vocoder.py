@@ -214,10 +214,6 @@ class Vocoder(nn.Module):
             stop, left = min(start + chunk, L), max(start - context, 0)
             yield self(mel[:, :, left : stop + context])[:, (start - left) * hop : (stop - left) * hop]
 
-    def mel(self, wave):
-        """`log_mel(wave, self.config)`: (B, S) -> (B, M, S//hop)."""
-        return log_mel(wave, self.config)
-
     def folded(self):
         """A copy without weight norm, computing the same, as files hold it: `cmmd.save(path, vocoder.folded())`."""
         plain = Vocoder(self.config).to(self.last.bias.device)
@@ -233,6 +229,8 @@ class Discriminator(nn.Module):
 
     def __init__(self, max_channels=1024):
         super().__init__()
+        if max_channels < 16 or max_channels % 16:
+            raise ValueError(f"a discriminator of {max_channels} channels at most: expected a multiple of 16")
         self.scales = add_weight_norm(nn.ModuleList(self._scale(max_channels) for _ in range(3)))
 
     @staticmethod
@@ -362,21 +360,23 @@ KNOWN_FILES = {  # a piece of a tensor's name -> what a file with it looks like
 }
 
 
-def load(path: str | os.PathLike, **mel_settings) -> Vocoder:
+def load(path: str | os.PathLike, *, sample_rate=None, n_fft=None, f_min=None, f_max=None) -> Vocoder:
     """A `Vocoder` in evaluation mode, from one of our safetensors files or from a melgan-neurips generator state dict.
 
     The latter (`.pt` or `.safetensors`, weight-normed by torch's old or new names, or folded) doesn't say which mel it
-    was trained on: where `mel_settings` doesn't give these fields of `VocoderConfig`, the original's are assumed
-    (sample_rate=22050, n_fft=1024, f_min=0, f_max=half the sample rate). Every other size is read off the tensors.
+    was trained on: fields of `VocoderConfig` that are not given are the original's (sample_rate 22050, n_fft 1024,
+    f_min 0, f_max half the sample rate). Every other size is read off the tensors.
     Raises ValueError, in one line, for a file that is missing or holds anything else."""
     tensors = read_tensors(path, "MelGAN vocoder")
+    given = dict(sample_rate=sample_rate, n_fft=n_fft, f_min=f_min, f_max=f_max)
+    given = {key: x for key, x in given.items() if x is not None}
     if tensors is None:
-        if mel_settings:
-            raise ValueError(f"{path}: carries its own mel settings, {', '.join(mel_settings)} cannot be given")
+        if given:
+            raise ValueError(f"{path}: carries its own mel settings, {', '.join(given)} cannot be given")
         return cmmd.load(path, Vocoder)
     tensors = fold_weight_norm(tensors)
     try:
-        config = _sizes(tensors, mel_settings)
+        config = _sizes(tensors, given)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     with torch.device("meta"):  # no random weights
@@ -384,9 +384,9 @@ def load(path: str | os.PathLike, **mel_settings) -> Vocoder:
     return fit_tensors(path, tensors, published_names(config), vocoder, "MelGAN generator", KNOWN_FILES)
 
 
-def _sizes(tensors, mel_settings):
+def _sizes(tensors, given):
     """The config that the folded tensors of a melgan-neurips generator imply; its published one if they don't tell."""
-    mel = dict(sample_rate=22050, n_fft=1024) | mel_settings
+    mel = dict(sample_rate=22050, n_fft=1024) | given
     mel.setdefault("f_max", mel["sample_rate"] / 2)
     places = sorted({int(n.split(".")[1]) for n in tensors if re.fullmatch(r"model\.\d+\.(weight|bias)", n)})
     parts = [tensors.get(f"model.{i}.weight", torch.empty(0)) for i in places]  # those outside residual blocks
