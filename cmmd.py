@@ -673,7 +673,7 @@ def generate(model: CMMD, video: torch.Tensor | None = None, audio: torch.Tensor
     times = [sampling_times(steps, side, way) for way, side in parts]
     total, done, made = sum(len(t) - 1 for t in times), 0, list(known)
     for (way, side), t in zip(parts, times):
-        given_now = [made[i] if i == side else x for i, x in enumerate(known)]
+        given_now, made = [made[i] if i == side else x for i, x in enumerate(known)], None  # the other is made anew
         kept_now = [None if i == side else mask for i, mask in enumerate(keep)]
         tell = progress and (lambda step, _, before=done: progress(before + step, total))
         made, done = make(given_now, kept_now, side, way, t, tell), done + len(t) - 1
@@ -699,7 +699,13 @@ def _make(model, windows, T, seeds, guidance, sampler, stochasticity, known, kee
     L = known[1].shape[2] if given == 1 and known[1] is not None else mel_frames(T, config)
     shapes = (windows.T, config.latent_channels, H, W), (config.mel_bins, windows.L)
     generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
-    draw = lambda side: torch.stack([torch.randn(shapes[side], generator=g) for g in generators]).to(device)
+
+    def draw(side):
+        x = torch.empty(len(seeds), *shapes[side])
+        for one, generator in zip(x, generators):
+            one.normal_(generator=generator)
+        return x.to(device)
+
     noise = [draw(0), draw(1)]
     guidance = default_guidance(condition, given) if guidance is None else guidance
     if given is not None and condition == "clean" and not guidance:

@@ -2762,9 +2762,10 @@ print(peak_memory())
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
 @pytest.mark.parametrize("mode, seconds", [("both", 600), ("picture", 600), ("kept", 300)])
 def test_sample_memory_is_flat_in_every_mode(tmp_path, weights, mode, seconds):
-    """A sound that is given is held whole: 38 MB for ten minutes, besides what reads it."""
+    """A sound that is given is held whole: 38 MB for ten minutes, besides what reads it; of both sides, made by turns,
+    the other one and its noise: 24 MB of mel."""
     peaks = [float(command(sys.executable, "-c", PEAK, weights, mode, length, cwd=REPO)) for length in (10, seconds)]
-    assert peaks[1] < 1.1 * peaks[0] + (0 if mode == "both" else 16e-6 * 16000 * seconds), peaks
+    assert peaks[1] < 1.1 * peaks[0] + (0.04 if mode == "both" else 16e-6 * 16000) * seconds, peaks
 
 
 @pytest.mark.skipif(not (SHARED / "clips").is_dir(), reason="needs the real media of ../shared/data")
