@@ -886,7 +886,7 @@ class Worlds:
 
 
 def worlds(args):
-    """The command `worlds`: print, and with --out write, the table over held-out clips."""
+    """The command `worlds`: what is made of held-out clips of a world, against their true events."""
     check_seeds(args)
     if args.world == "dance" and args.make != "picture":
         if args.seconds < BEAT_SECONDS:
@@ -1027,7 +1027,7 @@ CANDIDATES = 16
 
 
 def pairs(args):
-    """The command `pairs`: does the loss tell right pairs from wrong ones? Losses by t, and retrieval by loss."""
+    """The command `pairs`: losses of true, shifted and swapped pairs by noise level, and retrieval by loss."""
     check_seeds(args)
     models, span = load_models(args.weights, args.device), 0.4  # s on either side, for shifted sounds
     config, front = models.cmmd.config, models.vocoder.config
@@ -1217,7 +1217,7 @@ def fad_rows(clips, others, result):
 
 
 def folders(args):
-    """The command `folders`: one table over two folders of clips, the paper's values beside."""
+    """The command `folders`: clips against the true ones, the paper's values beside; the word may be left out."""
     embed = embedder(args.embedding, files=not args.seconds) if args.embedding else None
     i3d = load_i3d(args.i3d, args.device) if args.i3d else None
     config, result = VocoderConfig(), {"generated": args.generated, "reference": args.reference}
@@ -1409,8 +1409,14 @@ keep(); show();
 </script></html>"""
 
 
+def study(args):
+    """The command `study`: a rating page for listeners, and what they said."""
+    return STUDY[args.step](args)
+
+
 def study_make(args):
-    """`study make`: one static page with all clips in it, in a seeded order under blind numbers, and its key as CSV."""
+    """`study make`: one static page with all clips in it, in a seeded order under blind numbers, and PAGE.key.csv that
+    tells which clip is whose."""
     page, items = check_output(args.page, (".html",)), []
     for name, _, folder in (model.partition("=") for model in args.model):
         if not folder:
@@ -1593,7 +1599,7 @@ def vocoder_table(rows, args):
 # ---------------------------------------------------------------- speed
 
 def speed(args):
-    """The command `speed`: a markdown table, each length in a fresh process."""
+    """The command `speed`: seconds by stage and peak memory of sound for a video file, a fresh process per length."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for seconds in args.seconds:
@@ -1959,8 +1965,7 @@ def main(argv=None):
 def run_command(command, args):
     """Refuse an --out that cannot be written, before any work; then print what command(args) returns, a text, and write
     its result. Commands without a result print for themselves."""
-    outs = getattr(args, "out", None) or []
-    outs = [outs] if isinstance(outs, str) else outs
+    outs = getattr(args, "out", None) or ()
     for path in outs:
         check_output(path, (".json", ".csv"))
     made = command(args)
@@ -1972,114 +1977,93 @@ def run_command(command, args):
 
 
 def arguments():
-    """The parser of the command line."""
+    """The parser of the command line. What a command is for is told by its function's docstring, after the colon."""
     parser = Parser(prog="evaluate.py", description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    worlds_ = commands.add_parser("worlds", help="what is made of held-out clips of a world, against their true events")
-    worlds_.add_argument("--make", default="sound", choices=["sound", "picture", "both"], help="sounds for pictures, "
-                     "pictures for sounds, or both, heard against seen (default: %(default)s)")
-    compare_ = commands.add_parser("compare", help="two results of worlds or folders, paired over clips: first less "
-                                   "second")
-    compare_.add_argument("results", nargs=2, metavar="RESULT.json")
-    pairs_ = commands.add_parser("pairs", help="losses of true, shifted and swapped pairs by noise level; retrieval")
-    clips_ = commands.add_parser("clips", help="held-out clips of a world as files, for `folders` and others' models")
-    clips_.add_argument("folder", help="where they are written, SEED.mp4")
-    for command in (worlds_, clips_):
-        command.add_argument("--world", default="bounce", choices=WORLDS, help="(default: %(default)s)")
-    for command in (worlds_, pairs_, clips_):
-        command.add_argument("--n", type=int, default=200, help="clips (default: %(default)s)")
-        command.add_argument("--seed-start", type=int, default=TEST_SEED,
-                             help="seed of the first clip (default: %(default)s)")
-    for command in (worlds_, clips_):
-        command.add_argument("--seconds", type=number(0.1, 7200), default=1.8, help="length of a clip (default: "
-                             "%(default)s)")
-    worlds_.add_argument("--condition", nargs="+", default=CONDITIONS, choices=CONDITIONS, help="(default: all; where "
-                         "both are made, guide is replace)")
-    worlds_.add_argument("--guidance", type=float, help="(default: the condition's own)")
-    worlds_.add_argument("--stochasticity", type=float, help="share of fresh noise at every step (default: 0)")
-    worlds_.add_argument("--sampler", choices=["ddim", "dpm"], help="(default: ddim)")
-    worlds_.add_argument("--batch", type=number(1, 10**6, int), default=16, help="clips at once (default: %(default)s)")
-    worlds_.add_argument("--embedding", help="for the Fréchet distance of sounds: MODULE:FUNCTION or FILE.py:FUNCTION")
-    speed_ = commands.add_parser("speed", help="seconds by stage and peak memory of sampling sound for a video file")
-    speed_.add_argument("--seconds", type=float, nargs="+", default=[10, 100, 600],
-                        help="lengths (default: %(default)s)")
-    worlds_.add_argument("--steps", type=int, help="of the sampler (default: cmmd.sampling_times)")
-    speed_.add_argument("--steps", type=int, default=3, help="sampler steps (default: %(default)s)")
-    for command in (worlds_, speed_, pairs_):
-        command.add_argument("--weights", default="worlds", help="name in the box, or folder (default: %(default)s)")
-        command.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
-        command.add_argument("--out", help="also write everything to this .json, or the rows to this .csv")
-    folders_arguments(commands.add_parser("folders", help="clips against the true ones; the word may be left out"))
-    figure_ = commands.add_parser("figure", help="Fig. 2 and frames (of clips), 4 (of folders), Eq. 6 (in training), "
-                                  "steps (of worlds)")
-    figure_.add_argument("number", choices=FIGURES)
-    figure_.add_argument("picture", help=".png, .pdf or .svg to write")
-    figure_.add_argument("files", nargs="+", help="2: TRUE GENERATED ...; 4, steps: .json files; eq6: cmmd-log.csv "
-                      "files; frames: clips")
-    study = commands.add_parser("study", help="a rating page for listeners, and what they said").add_subparsers(
-        dest="step", required=True)
-    make = study.add_parser("make", help="write the page, and PAGE.key.csv that tells which clip is whose")
-    make.add_argument("page", help=".html to write")
-    make.add_argument("--task", choices=QUESTIONS, required=True, help="which of the paper's questions are asked")
-    make.add_argument("--model", nargs="+", required=True, metavar="NAME=FOLDER", help="every clip of each is rated")
-    make.add_argument("--seed", type=int, default=0, help="another seed, another order (default: %(default)s)")
-    read = study.add_parser("read", help="mean opinion scores, tests, Fig. 5")
-    read.add_argument("files", nargs="+", help="the raters' .csv files")
-    read.add_argument("--key", nargs="+", required=True, help="the .key.csv of the page(s)")
-    read.add_argument("--figure", help="also draw Fig. 5 to this .png, .pdf or .svg")
-    network_arguments(commands)
+    parsers = {}
+
+    def add_commands(to, dest, functions):
+        made = to.add_subparsers(dest=dest, required=True)
+        for name, function in functions.items():
+            parsers[name] = made.add_parser(name, help=" ".join(function.__doc__.partition(": ")[2].split()))
+
+    add_commands(parser, "command", COMMANDS)
+    add_commands(parsers["study"], "step", STUDY)
+    for names, option, help, settings in OPTIONS:
+        if "default" in settings and "default" not in help:
+            help += " (default: %(default)s)"
+        for name in names.split():
+            parsers[name].add_argument(option, help=help, **settings)
     return parser
 
 
-def folders_arguments(command):
-    """What the command `folders` takes."""
-    command.add_argument("generated", help="folder of clips, any model's: NAME.mp4, or NAME.0.mp4, NAME.1.mp4 ...")
-    command.add_argument("reference", help="folder of the true NAME.mp4")
-    command.add_argument("--seconds", type=float, help="compare the first seconds only (default: all)")
-    command.add_argument("--train", help="folder whose mean envelope and movement are to be expected "
-                         "(default: the others')")
-    command.add_argument("--embedding", help="for FAD: MODULE:FUNCTION or FILE.py:FUNCTION, wave (S,) at 16 kHz -> "
-                         "(n, D), or the name of a model whose embeddings fadtk wrote into the folders")
-    command.add_argument("--i3d", help="for FVD and KVD: i3d_torchscript.pt")
-    command.add_argument("--frames", type=int, nargs="+", default=[16, 18, 32, 36], help="(default: %(default)s)")
-    command.add_argument("--sizes", type=int, nargs="+", default=[64, 128], help="in pixels (default: %(default)s)")
-    command.add_argument("--vocoder", help="vocoder.safetensors, for the ceiling: the truth through mel and vocoder")
-    command.add_argument("--vae", help="vae.safetensors, for the ceiling of movement: the truth through it")
-    command.add_argument("--batch", type=int, default=8, help="videos that I3D sees at once (default: %(default)s)")
-    command.add_argument("--device", default="cpu", help="for I3D (default: %(default)s)")
-    command.add_argument("--out", nargs="+", default=[], help="also write everything to .json, or the rows to .csv")
-
-
-def network_arguments(commands):
-    """The commands `vocoder`, `ports` and `bench`."""
-    vocoders = commands.add_parser("vocoder", help="how near to true sounds vocoders come, beside Griffin-Lim")
-    vocoders.add_argument("--data", nargs="+", required=True, metavar="FOLDER", help=f"or a world: {', '.join(WORLDS)}")
-    vocoders.add_argument("--weights", nargs="+", required=True, help="vocoders, of cmmd or melgan-neurips")
-    vocoders.add_argument("--held-out", action="store_true", help="only the files that train.py holds out for tests")
-    vocoders.add_argument("--n", type=int, help="at most so many sounds of each (of a world: 40)")
-    vocoders.add_argument("--seconds", type=float, default=5.0, help="at most, of each sound (default: %(default)s)")
-    vocoders.add_argument("--embedding", help="for the Fréchet distance: MODULE:FUNCTION or FILE.py:FUNCTION")
-    beside = commands.add_parser("ports", help="our VAE, vocoder and mel beside the originals: time and memory")
-    beside.add_argument("--only", nargs="+", default=PORTS, choices=PORTS, help="(default: all)")
-    beside.add_argument("--melgan", help="a clone of descriptinc/melgan-neurips")
-    beside.add_argument("--frames", type=int, default=18, help="(default: %(default)s)")
-    beside.add_argument("--size", type=int, default=128, help="of their sides in pixels (default: %(default)s)")
-    speeds = commands.add_parser("bench", help="passes and training steps beside MM-Diffusion's: time, FLOPs, memory")
-    speeds.add_argument("--only", nargs="+", default=BENCH, choices=BENCH, help="(default: all)")
-    speeds.add_argument("--sizes", nargs="+", default=list(SIZES), choices=SIZES, help="(default: both)")
-    speeds.add_argument("--config", type=json_object, default={}, help="other sizes or fusion, as train.py takes: JSON")
-    speeds.add_argument("--mm-diffusion", metavar="CLONE", help="a clone of researchmm/MM-Diffusion")
-    speeds.add_argument("--batch", type=int, default=8, help="of the steps of training (default: %(default)s)")
-    speeds.add_argument("--device", default="cpu", help="(default: %(default)s)")
-    for command in (beside, speeds):
-        command.add_argument("--repeats", type=int, default=5, help="(default: %(default)s)")
-    for command in (vocoders, beside, speeds):
-        command.add_argument("--out", help="also write everything to this .json, or the rows to this .csv")
-
-
-COMMANDS = {"worlds": worlds, "clips": world_files, "compare": compare, "pairs": pairs,
-            "speed": speed, "folders": folders, "figure": figure, "vocoder": vocoder, "ports": ports, "bench": bench,
-            "study": lambda args: (study_make if args.step == "make" else study_read)(args)}
+# Commands, an option of theirs, what it is for (its default is added), and how argparse reads it.
+OPTIONS = (
+    ("worlds", "--make", "sounds for pictures, pictures for sounds, or both, heard against seen",
+     dict(default="sound", choices=["sound", "picture", "both"])),
+    ("compare", "results", "", dict(nargs=2, metavar="RESULT.json")),
+    ("clips", "folder", "where they are written, SEED.mp4", {}),
+    ("worlds clips", "--world", "", dict(default="bounce", choices=WORLDS)),
+    ("worlds pairs clips", "--n", "clips", dict(type=int, default=200)),
+    ("worlds pairs clips", "--seed-start", "seed of the first clip", dict(type=int, default=TEST_SEED)),
+    ("worlds clips", "--seconds", "length of a clip", dict(type=number(0.1, 7200), default=1.8)),
+    ("worlds", "--condition", "(default: all; where both are made, guide is replace)",
+     dict(nargs="+", default=CONDITIONS, choices=CONDITIONS)),
+    ("worlds", "--guidance", "(default: the condition's own)", dict(type=float)),
+    ("worlds", "--stochasticity", "share of fresh noise at every step (default: 0)", dict(type=float)),
+    ("worlds", "--sampler", "(default: ddim)", dict(choices=["ddim", "dpm"])),
+    ("worlds", "--steps", "of the sampler (default: cmmd.sampling_times)", dict(type=int)),
+    ("worlds", "--batch", "clips at once", dict(type=number(1, 10**6, int), default=16)),
+    ("worlds vocoder", "--embedding", "for the Fréchet distance of sounds: MODULE:FUNCTION or FILE.py:FUNCTION", {}),
+    ("speed", "--seconds", "lengths", dict(type=float, nargs="+", default=[10, 100, 600])),
+    ("speed", "--steps", "of the sampler", dict(type=int, default=3)),
+    ("folders", "generated", "folder of clips, any model's: NAME.mp4, or NAME.0.mp4, NAME.1.mp4 ...", {}),
+    ("folders", "reference", "folder of the true NAME.mp4", {}),
+    ("folders", "--seconds", "compare the first seconds only (default: all)", dict(type=float)),
+    ("folders", "--train", "folder whose mean envelope and movement are to be expected (default: the others')", {}),
+    ("folders", "--embedding", "for FAD: MODULE:FUNCTION or FILE.py:FUNCTION, wave (S,) at 16 kHz -> (n, D), or the "
+     "name of a model whose embeddings fadtk wrote into the folders", {}),
+    ("folders", "--i3d", "for FVD and KVD: i3d_torchscript.pt", {}),
+    ("folders", "--frames", "", dict(type=int, nargs="+", default=[16, 18, 32, 36])),
+    ("folders", "--sizes", "in pixels", dict(type=int, nargs="+", default=[64, 128])),
+    ("folders", "--vocoder", "vocoder.safetensors, for the ceiling: the truth through mel and vocoder", {}),
+    ("folders", "--vae", "vae.safetensors, for the ceiling of movement: the truth through it", {}),
+    ("folders", "--batch", "videos that I3D sees at once", dict(type=int, default=8)),
+    ("figure", "number", "", dict(choices=FIGURES)),
+    ("figure", "picture", ".png, .pdf or .svg to write", {}),
+    ("figure", "files", "2: TRUE GENERATED ...; 4, steps: .json files; eq6: cmmd-log.csv files; frames: clips",
+     dict(nargs="+")),
+    ("make", "page", ".html to write", {}),
+    ("make", "--task", "which of the paper's questions are asked", dict(choices=QUESTIONS, required=True)),
+    ("make", "--model", "every clip of each is rated", dict(nargs="+", required=True, metavar="NAME=FOLDER")),
+    ("make", "--seed", "another seed, another order", dict(type=int, default=0)),
+    ("read", "files", "the raters' .csv files", dict(nargs="+")),
+    ("read", "--key", "the .key.csv of the page(s)", dict(nargs="+", required=True)),
+    ("read", "--figure", "also draw Fig. 5 to this .png, .pdf or .svg", {}),
+    ("vocoder", "--data", f"or a world: {', '.join(WORLDS)}", dict(nargs="+", required=True, metavar="FOLDER")),
+    ("vocoder", "--weights", "vocoders, of cmmd or melgan-neurips", dict(nargs="+", required=True)),
+    ("vocoder", "--held-out", "only the files that train.py holds out for tests", dict(action="store_true")),
+    ("vocoder", "--n", "at most so many sounds of each (of a world: 40)", dict(type=int)),
+    ("vocoder", "--seconds", "at most, of each sound", dict(type=float, default=5.0)),
+    ("ports", "--only", "(default: all)", dict(nargs="+", default=PORTS, choices=PORTS)),
+    ("ports", "--melgan", "a clone of descriptinc/melgan-neurips", {}),
+    ("ports", "--frames", "", dict(type=int, default=18)),
+    ("ports", "--size", "of their sides in pixels", dict(type=int, default=128)),
+    ("bench", "--only", "(default: all)", dict(nargs="+", default=BENCH, choices=BENCH)),
+    ("bench", "--sizes", "(default: both)", dict(nargs="+", default=list(SIZES), choices=SIZES)),
+    ("bench", "--config", "other sizes or fusion, as train.py takes: JSON", dict(type=json_object, default={})),
+    ("bench", "--mm-diffusion", "a clone of researchmm/MM-Diffusion", dict(metavar="CLONE")),
+    ("bench", "--batch", "of the steps of training", dict(type=int, default=8)),
+    ("ports bench", "--repeats", "", dict(type=int, default=5)),
+    ("worlds pairs speed", "--weights", "name in the box, or folder", dict(default="worlds")),
+    ("worlds pairs speed", "--device", "cpu, cuda, ... (default: a GPU if there is one)", {}),
+    ("folders", "--device", "for I3D", dict(default="cpu")),
+    ("bench", "--device", "", dict(default="cpu")),
+    ("worlds pairs speed folders vocoder ports bench", "--out", "also write everything to .json, or the rows to .csv",
+     dict(nargs="+")),
+)
+STUDY = {"make": study_make, "read": study_read}
+COMMANDS = {"worlds": worlds, "clips": world_files, "compare": compare, "pairs": pairs, "speed": speed,
+            "folders": folders, "figure": figure, "study": study, "vocoder": vocoder, "ports": ports, "bench": bench}
 
 
 if __name__ == "__main__":
