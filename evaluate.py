@@ -83,10 +83,10 @@ TEST_SEED = 0  # first seed of the test clips; settings are chosen on validation
 
 # ---------------------------------------------------------------- tables and results
 
-def table(head, rows):
-    """The lines of a markdown table."""
+def table(head, rows, *below):
+    """A markdown table, and the lines below it."""
     line = lambda cells: f"| {' | '.join(map(str, cells))} |"
-    return [line(head), "|---" * len(head) + "|", *map(line, rows)]
+    return "\n".join([line(head), "|---" * len(head) + "|", *map(line, rows), *([""] if below else []), *below])
 
 
 def span(value, interval):
@@ -612,8 +612,8 @@ def row(metric, value=None, paper="", interval=(None, None), chance=None, ceilin
             "chance": chance, "p": p, "ceiling": ceiling, "n": n, "note": note}
 
 
-def score_table(rows):
-    """The lines of a markdown table of `row`s, and of what stands below it."""
+def score_table(rows, *below):
+    """A markdown table of `row`s, and what stands below it."""
     lines = []
     digits = lambda x: "–" if x is None or np.isnan(x) else f"{x:.3f}" if abs(x) < 10 else f"{x:.1f}"
     for line in rows:
@@ -623,9 +623,9 @@ def score_table(rows):
         lines.append((name, line["paper"], digits(line["value"]) + interval, digits(line["chance"]), p,
                       digits(line["ceiling"]), line["n"], line["note"]))
     head = ["metric", "paper¹", "ours [95 %]", "chance²", "p⁴", "ceiling³", "n", "skipped, notes"]
-    return [*table(head, lines), "", "¹ CMMD / nCMMD / MM-Diffusion on AIST++. ² The same outputs against other clips' "
-            "truths. ³ The truth as output: through vocoder or VAE, with its own picture, or a part of the reference "
-            "against the rest. ⁴ Of no difference from chance, clip by clip (Wilcoxon)."]
+    return table(head, lines, "¹ CMMD / nCMMD / MM-Diffusion on AIST++. ² The same outputs against other clips' "
+                 "truths. ³ The truth as output: through vocoder or VAE, with its own picture, or a part of the reference "
+                 "against the rest. ⁴ Of no difference from chance, clip by clip (Wilcoxon).", *below)
 
 
 # ---------------------------------------------------------------- distances between sets
@@ -964,18 +964,19 @@ def worlds_table(result):
     what = {"sound": "of what is heard against the true events", "picture": "of what is seen against the true events",
             "both": "of what is heard against what is seen"}[result["make"]]
     what += f"; Fréchet distances are on {result['embedding']}" if result["embedding"] else ""
-    lines = [*score_table(result["rows"]), f"F1 and kinds: {what}.",
-             f"n = {result['n']} clips of {result['seconds']} s of {result['world']}, seeds {first} to {last}; weights "
-             f"{result['weights']}; {', '.join(settings)}; {result['machine']}.",
-             f"VAE PSNR {result['vae_psnr']:.2f} dB (8 x bicubic {result['bicubic_psnr']:.2f} dB). "
-             f"Vocoder mel L1 {vocoder['mel_l1']:.3f} (Griffin-Lim {slow['mel_l1']:.3f}), "
-             f"STFT distance {vocoder['stft']:.3f} ({slow['stft']:.3f})."]
-    if result["variety"]:
-        figures = lambda values: ", ".join(f"{value:.3g}" for value in values)
-        lines += ["", *table(["variety", *result["variety"]], [
-            (key, *(figures(one[key]) for one in result["variety"].values()))
-            for key in result["variety"]["the world's own"]])]
-    return "\n".join(lines)
+    text = score_table(
+        result["rows"], f"F1 and kinds: {what}.",
+        f"n = {result['n']} clips of {result['seconds']} s of {result['world']}, seeds {first} to {last}; weights "
+        f"{result['weights']}; {', '.join(settings)}; {result['machine']}.",
+        f"VAE PSNR {result['vae_psnr']:.2f} dB (8 x bicubic {result['bicubic_psnr']:.2f} dB). Vocoder mel L1 "
+        f"{vocoder['mel_l1']:.3f} (Griffin-Lim {slow['mel_l1']:.3f}), STFT distance {vocoder['stft']:.3f} "
+        f"({slow['stft']:.3f}).")
+    if not result["variety"]:
+        return text
+    figures = lambda values: ", ".join(f"{value:.3g}" for value in values)
+    ways = result["variety"].values()
+    return f"{text}\n\n" + table(["variety", *result["variety"]], [
+        (key, *(figures(one[key]) for one in ways)) for key in result["variety"]["the world's own"]])
 
 
 def compare(args):
@@ -1048,9 +1049,15 @@ def pairs(args):
     rows = [{"t": t, **{f"{side}_{name}": float(value) for name, sound in (
         ("right", mel), ("shifted", moved), ("swapped", mel.roll(1, 0))) for side, value in zip(
             ("video", "audio"), levels_loss(models.cmmd, latents, sound, t).mean(0))}} for t in LEVELS]
-    result = {"n": args.n, "weights": args.weights, "machine": machine(args.device), "rows": rows,
-              **retrieval(models.cmmd, latents, mel)}
-    return pairs_table(result), result
+    found = retrieval(models.cmmd, latents, mel)
+    names = [f"{side}_{name}" for side in ("video", "audio") for name in ("right", "shifted", "swapped")]
+    text = table(
+        ["t", *(name.replace("_", ", ") for name in names)],
+        [(row["t"], *(f"{row[name]:.3f}" for name in names)) for row in rows],
+        f"Mean squared velocity errors, n = {args.n}. The right one of {CANDIDATES} sounds has the lowest loss: "
+        f"{found['retrieval']:.3f}, by the video's alone {found['retrieval_by_video']:.3f} (n = "
+        f"{found['retrieval_n']}, chance {1 / CANDIDATES:.3f}); weights {args.weights}; {machine(args.device)}.")
+    return text, {"n": args.n, "weights": args.weights, "machine": machine(args.device), "rows": rows, **found}
 
 
 @torch.no_grad()
@@ -1077,17 +1084,6 @@ def retrieval(model, latents, mel):
         right += [int(values.argmin()) == k - start for values in (losses.sum(1), losses[:, 0])]
     both, video = right / whole if whole else (np.nan, np.nan)
     return {"retrieval": float(both), "retrieval_by_video": float(video), "retrieval_n": whole}
-
-
-def pairs_table(result):
-    """The markdown table, and the line below it."""
-    names = [f"{side}_{name}" for side in ("video", "audio") for name in ("right", "shifted", "swapped")]
-    lines = table(["t", *(name.replace("_", ", ") for name in names)],
-                  [(row["t"], *(f"{row[name]:.3f}" for name in names)) for row in result["rows"]])
-    return "\n".join(lines + ["", f"Mean squared velocity errors, n = {result['n']}. The right one of {CANDIDATES} "
-                              f"sounds has the lowest loss: {result['retrieval']:.3f}, by the video's alone "
-                              f"{result['retrieval_by_video']:.3f} (n = {result['retrieval_n']}, chance "
-                              f"{1 / CANDIDATES:.3f}); weights {result['weights']}; {result['machine']}."])
 
 
 # ---------------------------------------------------------------- folders of clips
@@ -1246,18 +1242,11 @@ def folders(args):
                "left_out": [*left_out, *(f"{path}: not in {args.reference}" for path in unmatched)], "rows": rows}
     asked = {"FAD (--embedding)": embed, "FVD, KVD (--i3d)": i3d}
     result["not_asked"] = [name for name, given in asked.items() if not given]
-    return folders_table(result), result
-
-
-def folders_table(result):
-    """The markdown table, and the lines below it."""
-    lines = score_table(result["rows"])
     left = result["left_out"]
     notes = [f"Left out: {left[0]}" + (f", and {len(left) - 1} more" if left[1:] else "") + "."] if left else []
     notes += [f"Not asked for: {', '.join(result['not_asked'])}."] if result["not_asked"] else []
-    title = (f"{result['generated']} against {result['reference']}: {result['clips']} clips, {result['draws']} draw(s) "
-             "of each.")
-    return "\n".join([*lines, title, *notes])
+    title = f"{args.generated} against {args.reference}: {len(pairs)} clips, {result['draws']} draw(s) of each."
+    return score_table(rows, title, *notes), result
 
 
 # ---------------------------------------------------------------- figures
@@ -1496,10 +1485,9 @@ def study_read(args):
     holms = holm([test[1] for test in tests])
     compared = [(question, f"{one} – {two}", f"{w:g}", n, zeros, f"{p:.4f}", f"{q:.4f}")
                 for ((question, one), (_, two)), (w, p, n, zeros), q in zip(pairs, tests, holms)]
-    print("\n".join([*table(["question", "model", "MOS", "median", "range", "raters"], opinions), "",
-                     *table(["question", "models", "W", "n", "zeros", "p", "p, Holm"], compared), "",
-                     "Means per rater. Wilcoxon signed-rank: two-sided, exact, midranks, zeros dropped; Holm over all "
-                     "tests."]))
+    print(table(["question", "model", "MOS", "median", "range", "raters"], opinions), end="\n\n")
+    print(table(["question", "models", "W", "n", "zeros", "p", "p, Holm"], compared, "Means per rater. Wilcoxon "
+                "signed-rank: two-sided, exact, midranks, zeros dropped; Holm over all tests."))
     if args.figure:
         draw(draw_mos, means, args.figure)
 
@@ -1533,7 +1521,13 @@ def vocoder(args):
             row = {"data": entry, "n": len(waves), "sound": name}
             rows.append(row | vocoder_row(way, waves, config, embed, truth))
             print(f"{entry}: {name} done", file=sys.stderr, flush=True)
-    return vocoder_table(rows, args), {"settings": {key: str(value) for key, value in vars(args).items()}, "rows": rows}
+    text = table(
+        ["sounds", "n", "made by", "mel L1 [95 %]", "STFT distance [95 %]", "Fréchet distance"],
+        [(row["data"], row["n"], row["sound"], *(span(row[key], row[f"{key}_interval"]) for key in ("mel_l1", "stft")),
+          f"{row['frechet']:.2f}" if embed else "–") for row in rows],
+        f"Up to {args.seconds:g} s of every sound; Fréchet distance on embeddings of "
+        f"{args.embedding or 'nothing (--embedding)'}; {machine('cpu')}.")
+    return text, {"settings": {key: str(value) for key, value in vars(args).items()}, "rows": rows}
 
 
 FRONT = ("sample_rate", "n_fft", "hop", "mel_bins", "f_min", "f_max")  # what makes two vocoders' mels the same
@@ -1587,15 +1581,6 @@ def vocoder_row(way, waves, config, embed, truth):
     return row | {"frechet": frechet(gaussian(np.concatenate(truth)), gaussian(made))}
 
 
-def vocoder_table(rows, args):
-    """One line per folder and way."""
-    lines = table(["sounds", "n", "made by", "mel L1 [95 %]", "STFT distance [95 %]", "Fréchet distance"], [
-        (row["data"], row["n"], row["sound"], *(span(row[key], row[f"{key}_interval"]) for key in ("mel_l1", "stft")),
-         f"{row['frechet']:.2f}" if args.embedding else "–") for row in rows])
-    return "\n".join(lines + ["", f"Up to {args.seconds:g} s of every sound; Fréchet distance on embeddings of "
-                                  f"{args.embedding or 'nothing (--embedding)'}; {machine('cpu')}."])
-
-
 # ---------------------------------------------------------------- speed
 
 def speed(args):
@@ -1606,8 +1591,14 @@ def speed(args):
             path, clip = Path(folder) / f"{seconds:g}.mp4", bounce(TEST_SEED, seconds=seconds)
             write_clip(path, clip.video, fps=clip.fps)
             rows.append({"seconds": seconds} | alone(timed_sample, path, args))
-    return speed_table(rows, args), {"weights": args.weights, "steps": args.steps, "machine": machine(args.device),
-                                     "rows": rows}
+    stages = [key for key in rows[0] if key not in ("seconds", "peak_mib")]
+    text = table(
+        ["video", *stages, "per second of video", "peak memory"],
+        [(f"{row['seconds']:g} s", *(f"{row[stage]:.2f}" for stage in stages), f"{row['total'] / row['seconds']:.3f}",
+          f"{row['peak_mib']:.0f} MiB") for row in rows],
+        f"Seconds, after import and loading, one fresh process per length; weights {args.weights}, {args.steps} steps; "
+        f"{machine(args.device)}.")
+    return text, {"weights": args.weights, "steps": args.steps, "machine": machine(args.device), "rows": rows}
 
 
 def timed(calls, repeats, clock=time.perf_counter, wait=lambda: None):
@@ -1673,16 +1664,6 @@ def peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 1024)
 
 
-def speed_table(rows, args):
-    """One line per length, in seconds."""
-    stages = [key for key in rows[0] if key not in ("seconds", "peak_mib")]
-    lines = table(["video", *stages, "per second of video", "peak memory"], [
-        (f"{row['seconds']:g} s", *(f"{row[stage]:.2f}" for stage in stages), f"{row['total'] / row['seconds']:.3f}",
-         f"{row['peak_mib']:.0f} MiB") for row in rows])
-    return "\n".join(lines + ["", "Seconds, after import and loading, one fresh process per length; "
-                              f"weights {args.weights}, {args.steps} steps; {machine(args.device)}."])
-
-
 # ---------------------------------------------------------------- ports
 
 PORTS = ("VAE encode", "VAE decode", "MelGAN", "mel")  # against diffusers, diffusers, melgan-neurips, librosa
@@ -1695,9 +1676,19 @@ def ports(args):
     rows = [port_row(what, args) for what in PORTS if what in args.only and (what != "MelGAN" or args.melgan)]
     lengths = (64, 600) if "VAE decode" in args.only else ()  # 64 frames of 32 x 32 are the most decoded at a time
     long = {n: alone(port_memory, "VAE decode", 0, n, 32, args) for n in lengths}
-    result = {"frames": args.frames, "size": args.size, "repeats": args.repeats, "machine": machine("cpu"),
-              "rows": rows, "long": long}
-    return ports_table(result), result
+    lines = []
+    for row in rows:
+        (ours, theirs), (our_mib, their_mib) = row["seconds"], row["mib"]
+        lines.append((row["what"], f"{ours:.3g} s", f"{theirs:.3g} s", f"{ours / theirs:.2f}", f"{our_mib:.0f} MiB",
+                      f"{their_mib:.0f} MiB", f"{our_mib / their_mib:.2f}", f"{row['apart']:.1e}"))
+    text = table(
+        ["", "ours", "original", "time ratio", "our memory", "original's", "memory ratio", "largest difference"], lines,
+        f"{args.frames} frames of {args.size} x {args.size}, 600 mel frames, the mel of 60 s; medians of "
+        f"{args.repeats} interleaved repeats in processor seconds; peak memory of a first call beyond weights, input "
+        f"and result; {machine('cpu')}.",
+        *(f"VAE decode of {frames} frames of 32 x 32: {mib:.0f} MiB." for frames, mib in long.items()))
+    return text, {"frames": args.frames, "size": args.size, "repeats": args.repeats, "machine": machine("cpu"),
+                  "rows": rows, "long": long}
 
 
 def port_pair(what, frames, size, args):
@@ -1804,23 +1795,6 @@ def memory_of_call(function):
     return peak_memory() - before - result.nbytes / 2 ** 20
 
 
-def ports_table(result):
-    """One line per comparison; ratios below 1 are in our favour."""
-    lines = []
-    for row in result["rows"]:
-        (ours, theirs), (our_mib, their_mib) = row["seconds"], row["mib"]
-        lines.append((row["what"], f"{ours:.3g} s", f"{theirs:.3g} s", f"{ours / theirs:.2f}", f"{our_mib:.0f} MiB",
-                      f"{their_mib:.0f} MiB", f"{our_mib / their_mib:.2f}", f"{row['apart']:.1e}"))
-    lines = table(["", "ours", "original", "time ratio", "our memory", "original's", "memory ratio",
-                   "largest difference"], lines)
-    long = [f"VAE decode of {frames} frames of 32 x 32: {mib:.0f} MiB." for frames, mib in result["long"].items()]
-    frames, size = result["frames"], result["size"]
-    return "\n".join(lines + [
-        "", f"{frames} frames of {size} x {size}, 600 mel frames, the mel of 60 s; medians of {result['repeats']} "
-        "interleaved repeats in processor seconds; peak memory of a first call beyond weights, input and result; "
-        f"{result['machine']}.", *long])
-
-
 # ---------------------------------------------------------------- bench
 
 BENCH = ("pass", "mm-diffusion", "bare", "step", "negatives 12.5 %", "negatives 25 %", "negatives 50 %")
@@ -1847,9 +1821,22 @@ def bench(args):
         if what == "mm-diffusion" and (not args.mm_diffusion or size != args.sizes[0]):
             continue
         rows.append(alone(bench_row, what, size, args))
-    result = {"rows": rows, "batch": args.batch, "repeats": args.repeats, "machine": machine(args.device),
-              "device": args.device}
-    return bench_table(result), result
+    said = {"pass": "a pass, one clip", "mm-diffusion": "a pass of MM-Diffusion's U-Net, one clip",
+            "bare": "forward and backward", "step": "step of training"}
+    lines = []
+    for row in rows:
+        passes, seconds = PASSES.get(row["what"], ""), row["seconds"]
+        what = said.get(row["what"], f"step with {row['what']}")
+        lines.append((what, row["size"], f"{row['parameters'] / 1e6:.1f} M", f"{row['gflop']:.4g}", f"{seconds:.3g}",
+                      f"{row['clips'] / seconds:.3g}", f"{row['mib']:.0f} MiB", passes,
+                      f"{passes * seconds:.3g}" if passes else ""))
+    text = table(
+        ["", "size", "parameters", "GFLOP", "seconds", "clips/s", "peak memory", "passes a clip", "seconds a clip"],
+        lines, f"Random weights and data; steps over batches of {args.batch} clips of 1.8 s at 64 px; medians of "
+        f"{args.repeats} repeats; memory: peak of a first call beyond weights and input; {args.device}, "
+        f"{machine(args.device)}.")
+    return text, {"rows": rows, "batch": args.batch, "repeats": args.repeats, "machine": machine(args.device),
+                  "device": args.device}
 
 
 def bench_row(what, name, args):
@@ -1929,25 +1916,6 @@ def model_call(what, size, args):
 
     call = {"pass": one_pass, "bare": bare}.get(what, step)
     return call, sum(x.numel() for x in model.parameters()), clips
-
-
-def bench_table(result):
-    """One line per row; the last two columns are for the sound of one clip, of 1.8 s (1.6 s: MM-Diffusion's)."""
-    said = {"pass": "a pass, one clip", "mm-diffusion": "a pass of MM-Diffusion's U-Net, one clip",
-            "bare": "forward and backward", "step": "step of training"}
-    lines = []
-    for row in result["rows"]:
-        passes, seconds = PASSES.get(row["what"], ""), row["seconds"]
-        what = said.get(row["what"], f"step with {row['what']}")
-        lines.append((what, row["size"], f"{row['parameters'] / 1e6:.1f} M", f"{row['gflop']:.4g}", f"{seconds:.3g}",
-                      f"{row['clips'] / seconds:.3g}", f"{row['mib']:.0f} MiB", passes,
-                      f"{passes * seconds:.3g}" if passes else ""))
-    lines = table(["", "size", "parameters", "GFLOP", "seconds", "clips/s", "peak memory", "passes a clip",
-                   "seconds a clip"], lines)
-    return "\n".join(lines + [
-        "", f"Random weights and data; steps over batches of {result['batch']} clips of 1.8 s at 64 px; medians of "
-        f"{result['repeats']} repeats; memory: peak of a first call beyond weights and input; {result['device']}, "
-        f"{result['machine']}."])
 
 
 # ---------------------------------------------------------------- command line
