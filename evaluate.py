@@ -43,8 +43,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter, namedtuple
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -624,8 +623,8 @@ def score_table(rows, *below):
                       digits(line["ceiling"]), line["n"], line["note"]))
     head = ["metric", "paper¹", "ours [95 %]", "chance²", "p⁴", "ceiling³", "n", "skipped, notes"]
     return table(head, lines, "¹ CMMD / nCMMD / MM-Diffusion on AIST++. ² The same outputs against other clips' "
-                 "truths. ³ The truth as output: through vocoder or VAE, with its own picture, or a part of the reference "
-                 "against the rest. ⁴ Of no difference from chance, clip by clip (Wilcoxon).", *below)
+                 "truths. ³ The truth as output: through vocoder or VAE, with its own picture, or a part of the "
+                 "reference against the rest. ⁴ Of no difference from chance, clip by clip (Wilcoxon).", *below)
 
 
 # ---------------------------------------------------------------- distances between sets
@@ -1573,8 +1572,7 @@ def vocoder_row(way, waves, config, embed, truth):
     row = {}
     for key in ("mel_l1", "stft"):
         values = np.array([[quality[key], 1.0] for quality in each])
-        mean = lambda pooled: pooled[..., 0] / pooled[..., 1]
-        row[key], row[f"{key}_interval"] = float(mean(values.sum(0))), bootstrap(values, mean)
+        row[key], row[f"{key}_interval"] = float(share(values.sum(0))), bootstrap(values, share)
     if not embed:
         return row | {"frechet": math.nan}
     made = np.concatenate([embed(None, wave[0].numpy()) for wave in made])
@@ -1601,13 +1599,12 @@ def speed(args):
     return text, {"weights": args.weights, "steps": args.steps, "machine": machine(args.device), "rows": rows}
 
 
-def timed(calls, repeats, clock=time.perf_counter, wait=lambda: None):
-    """Seconds of each of several calls, taken in turns -> a list for each. wait() is for a GPU to end its work."""
+def timed(calls, repeats, clock):
+    """Seconds of each of several calls, taken in turns -> a list for each."""
     spent = [[] for _ in calls]
     for _, (call, seconds) in itertools.product(range(repeats), zip(calls, spent)):
         start = clock()
         call()
-        wait()
         seconds.append(clock() - start)
     return spent
 
@@ -1617,7 +1614,7 @@ def alone(function, *arguments):
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
             return pool.submit(function, *arguments).result()
-        except BrokenProcessPool:
+        except BrokenExecutor:
             raise ValueError(f"the process of {function.__name__} was killed: was there memory enough?") from None
 
 
@@ -1694,10 +1691,9 @@ def ports(args):
 def port_pair(what, frames, size, args):
     """Two functions without arguments that compute the same, (ours, theirs), each -> a tensor."""
     torch.manual_seed(0)
+    make = {"MelGAN": lambda: melgan_pair(args.melgan), "mel": mel_pair}.get(what, lambda: vae_pair(what, frames, size))
     try:
-        if what == "MelGAN":
-            return melgan_pair(args.melgan)
-        return mel_pair() if what == "mel" else vae_pair(what, frames, size)
+        return [torch.no_grad()(call) for call in make()]
     except ImportError as error:
         raise ValueError(f"the comparison of {what} needs {error.name}: pip install diffusers librosa") from None
 
@@ -1712,20 +1708,16 @@ def vae_pair(what, frames, size):
                            block_out_channels=c.channels, layers_per_block=c.blocks, latent_channels=c.latent_channels)
     theirs.load_state_dict(ours.state_dict())
     theirs.eval()
-
+    if what == "VAE decode":
+        z = torch.randn(1, frames, c.latent_channels, size // c.factor, size // c.factor)
+        return lambda: ours.decode(z), lambda: theirs.decode(z[0] / c.scale).sample.clamp(-1, 1)[None]
     x = torch.rand(1, frames, 3, size, size) * 2 - 1
-    z = torch.randn(1, frames, c.latent_channels, size // c.factor, size // c.factor)
 
-    @torch.no_grad()
     def encode():
         with fast_autocast("cpu"):
             return theirs.encode(x[0]).latent_dist.mode()[None] * c.scale
 
-    @torch.no_grad()
-    def decode():
-        return theirs.decode(z[0] / c.scale).sample.clamp(-1, 1)[None]
-
-    return (lambda: ours.encode(x), encode) if what == "VAE encode" else (lambda: ours.decode(z), decode)
+    return lambda: ours.encode(x), encode
 
 
 def melgan_pair(clone):
@@ -1738,12 +1730,7 @@ def melgan_pair(clone):
     ours = Vocoder().eval()
     tensors = fold_weight_norm(theirs.state_dict())
     ours.load_state_dict({name: tensors[published] for published, name in published_names(ours.config).items()})
-
-    def theirs_without_gradients():
-        with torch.no_grad():
-            return theirs(mel)[:, 0]
-
-    return lambda: ours.decode(mel), theirs_without_gradients
+    return lambda: ours.decode(mel), lambda: theirs(mel)[:, 0]
 
 
 def mel_pair():
@@ -1843,8 +1830,8 @@ def bench_row(what, name, args):
     """One row, measured in this process: median and range of the repeats after a first one, which tells the memory."""
     from torch.utils.flop_counter import FlopCounterMode
     cuda = "cuda" in args.device
-    wait = torch.cuda.synchronize if cuda else lambda: None
-    call, parameters, clips = mm_diffusion_pass(args) if what == "mm-diffusion" else model_call(what, name, args)
+    compute, parameters, clips = mm_diffusion_pass(args) if what == "mm-diffusion" else model_call(what, name, args)
+    call = lambda: compute().cpu()  # which waits for a GPU to end its work
     before = torch.cuda.memory_allocated() if cuda else 0
     if cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -1853,8 +1840,7 @@ def bench_row(what, name, args):
         memory = (torch.cuda.max_memory_allocated() - before) / 2 ** 20
     with FlopCounterMode(display=False) as counter:
         call()
-    wait()
-    (seconds,) = timed([call], args.repeats, wait=wait)
+    (seconds,) = timed([call], args.repeats, time.perf_counter)
     return {"what": what, "size": "" if what == "mm-diffusion" else name, "parameters": parameters, "clips": clips,
             "gflop": counter.get_total_flops() / 1e9, "seconds": float(np.median(seconds)),
             "range": [min(seconds), max(seconds)], "mib": memory}
