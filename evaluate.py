@@ -104,7 +104,8 @@ def write_result(path, result):
     """Everything as .json, or the rows as .csv."""
     with atomic(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         if Path(path).suffix == ".json":
-            json.dump(finite(result), file, indent=1, allow_nan=False)
+            plain = json.loads(json.dumps(result), parse_constant=lambda name: None)  # null for NaN and infinity
+            json.dump(plain, file, indent=1, allow_nan=False)
         else:
             rows = csv.DictWriter(file, dict.fromkeys(key for row in result["rows"] for key in row))
             rows.writeheader()
@@ -122,15 +123,6 @@ def read_result(path):
     return result
 
 
-def finite(result):
-    """The same, with None (JSON's null) for every NaN and infinity."""
-    if isinstance(result, dict):
-        return {key: finite(value) for key, value in result.items()}
-    if isinstance(result, (list, tuple)):
-        return [finite(value) for value in result]
-    return None if isinstance(result, float) and not np.isfinite(result) else result
-
-
 # ---------------------------------------------------------------- matching and scores
 
 Score = namedtuple("Score", "f1 precision recall")
@@ -144,7 +136,7 @@ def match(a, b, tolerance):
     Walking both sorted lists and taking each pair as soon as it fits is a maximum matching, since all windows
     are equally wide. Counts equal those of `mir_eval.util.match_events`.
     """
-    a, b = _milliseconds(a), _milliseconds(b)
+    a, b = (np.rint(np.asarray(x, dtype=np.float64).reshape(-1) * 1000).astype(np.int64) for x in (a, b))
     order_a, order_b, width = np.argsort(a, kind="stable"), np.argsort(b, kind="stable"), round(tolerance * 1000)
     pairs, i, j = [], 0, 0
     while i < len(a) and j < len(b):
@@ -153,10 +145,6 @@ def match(a, b, tolerance):
             pairs.append((int(order_a[i]), int(order_b[j])))
         i, j = i + (gap <= width), j + (gap >= -width)
     return pairs
-
-
-def _milliseconds(times):
-    return np.rint(np.asarray(times, dtype=np.float64).reshape(-1) * 1000).astype(np.int64)
 
 
 def event_counts(found, true, tolerance):
@@ -428,11 +416,11 @@ def rhythm(wave, rate=16000):
     return beats, bins, detect()
 
 
-def motion(path, seconds=None, size=128):
+def motion(path, seconds=None):
     """Times (s) at which the mean optical flow of a file's picture peaks; a string where there is no telling."""
     try:
         cv2 = extra("cv2")
-        video = read_video(path, fps=FPS, size=size, seconds=seconds)
+        video = read_video(path, fps=FPS, size=128, seconds=seconds)
     except (ImportError, ValueError) as error:
         return str(error)
     grey = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in video]
@@ -450,11 +438,11 @@ def common_rate(paths):
 
 
 @torch.no_grad()
-def movement(path, fps, seconds=None, vae=None, size=64):
+def movement(path, fps, seconds=None, vae=None):
     """`lower_movement`, where a speaker's mouth is, of a file's picture, through `vae` if given -> (T - 1,); a string
     where there is no picture."""
     try:
-        video = read_video(path, fps, size, seconds=seconds)
+        video = read_video(path, fps, size=64, seconds=seconds)
     except ValueError as error:
         return str(error)
     return lower_movement(to_uint8(vae.decode(vae.encode(to_frames(video[None]))))[0] if vae else video)
@@ -474,16 +462,15 @@ def flow_peaks(flow):
     return 1 + np.flatnonzero((flow[:-2] < middle) & (middle > flow[2:]) & (middle >= STILL))
 
 
-def av_align(sound, picture, window=1 / FPS):
-    """TempoTokens' intersection over union of peak times (s): a sound takes the first free peak nearer than window."""
-    free, matched = list(picture), 0
+def av_align(sound, picture):
+    """TempoTokens' intersection over union of peak times (s): a sound takes the first free peak nearer than a frame."""
+    free = list(picture)
     for time in sound:
-        near = next((peak for peak in free if abs(time - peak) < window - 1e-9), None)
+        near = next((peak for peak in free if abs(time - peak) < 1 / FPS - 1e-9), None)
         if near is not None:
             free.remove(near)
-            matched += 1
-    union = len(sound) + len(picture) - matched
-    return matched / union if union else "no peaks at all"
+    union = len(sound) + len(free)
+    return (len(picture) - len(free)) / union if union else "no peaks at all"
 
 
 def hear(wave, config, picture="no picture", embedding=()):
@@ -1060,9 +1047,9 @@ def pairs(args):
 
 
 @torch.no_grad()
-def levels_loss(model, latents, mel, t, seed=0, batch=16):
+def levels_loss(model, latents, mel, t, batch=16):
     """Eq. 2 of pairs at one t, the noise the same for every call -> (N, 2), video then audio."""
-    noise = [torch.randn(x.shape[1:], generator=torch.Generator().manual_seed(seed + i)).to(x)
+    noise = [torch.randn(x.shape[1:], generator=torch.Generator().manual_seed(i)).to(x)
              for i, x in enumerate((latents, mel))]
     out = []
     for video, audio in zip(latents.split(batch), mel.split(batch)):
@@ -1290,30 +1277,28 @@ def draw_events(drawing, files):
 
 def draw_fad(drawing, files):
     """Fig. 4: FAD per sample as boxes with whiskers of 1.5 interquartile ranges, per set as x; the truth first."""
-    names, boxes, sets = ["truth"], [], []
-    for path in files:
-        fad = read_result(path).get("fad")
-        if not fad or not fad["samples"]:
+    fads = [read_result(path).get("fad") or {} for path in files]
+    for path, fad in zip(files, fads):
+        if not fad.get("samples"):
             raise ValueError(f"{path}: holds no FAD per sample; make it with: folders ... --embedding E --out {path}")
-        boxes, sets = boxes or [fad["truth_samples"]], sets or [fad["ceiling"]]
-        names, boxes, sets = names + [Path(path).stem], boxes + [fad["samples"]], sets + [fad["set"]]
     axis = drawing.subplots()
-    axis.boxplot(boxes, tick_labels=names, whis=1.5, flierprops={"marker": "+", "markeredgecolor": "red"})
-    axis.plot(range(1, len(sets) + 1), sets, "kx", ms=9)
+    axis.boxplot([fads[0]["truth_samples"], *(fad["samples"] for fad in fads)], whis=1.5,
+                 tick_labels=["truth", *(Path(path).stem for path in files)],
+                 flierprops={"marker": "+", "markeredgecolor": "red"})
+    axis.plot(range(1, len(fads) + 2), [fads[0]["ceiling"], *(fad["set"] for fad in fads)], "kx", ms=9)
     axis.set_ylabel("Fréchet audio distance: boxes per sample, × per set")
 
 
 def draw_training(drawing, files):
     """Losses (video + audio) of right pairs, with a wrong sound, with a wrong picture, as trainings went on."""
     for axis, path in zip(drawing.subplots(1, len(files), squeeze=False, sharey=True)[0], files):
-        with open(path, newline="") as file:
-            rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+        rows = list(csv.DictReader(Path(path).read_text().splitlines()))
         if not rows or "wrong_audio" not in rows[0]:
             raise ValueError(f"{path}: no log of a contrastive training; give cmmd-log.csv of train.py cmmd --eta ...")
-        steps, curve = [row["step"] for row in rows], lambda *keys: [sum(row[key] for key in keys) for row in rows]
-        axis.plot(steps, curve("video", "audio"), "k", label="right pairs")
-        axis.plot(steps, curve("wrong_audio"), "r", label="wrong sound")
-        axis.plot(steps, curve("wrong_video"), "b", label="wrong picture")
+        curve = lambda key: np.array([float(row[key]) for row in rows])
+        axis.plot(curve("step"), curve("video") + curve("audio"), "k", label="right pairs")
+        axis.plot(curve("step"), curve("wrong_audio"), "r", label="wrong sound")
+        axis.plot(curve("step"), curve("wrong_video"), "b", label="wrong picture")
         axis.set(yscale="log", xlabel="step", ylabel="loss of Eq. 2", title=Path(path).parent.name)
         axis.legend()
 
@@ -1340,12 +1325,12 @@ def draw_steps(drawing, files):
     axis.legend()
 
 
-def draw_frames(drawing, files, count=9):
-    """A row of `count` frames of each file, at the middles of equal parts of it."""
+def draw_frames(drawing, files):
+    """A row of nine frames of each file, at the middles of equal parts of it."""
     drawing.set_size_inches(10, len(files))
     for axis, path in zip(drawing.subplots(len(files), squeeze=False)[:, 0], files):
         video = read_video(path, fps=FPS, size=128)
-        shown = ((np.arange(count) + 0.5) * len(video) / count).astype(int)
+        shown = ((np.arange(9) + 0.5) * len(video) / 9).astype(int)
         axis.imshow(np.concatenate(video[shown], axis=1))
         axis.set(xticks=[], yticks=[])
         axis.set_ylabel(Path(path).parent.name, rotation=0, ha="right", va="center")
