@@ -709,6 +709,11 @@ def embedder(name, files=False):
     return lambda path, wave: np.asarray(first(call(wave)), dtype=np.float64)
 
 
+def fit(waves, embed):
+    """Waves (S,) -> `gaussian` of all their embeddings."""
+    return gaussian(np.concatenate([embed(None, wave.numpy()) for wave in waves]))
+
+
 def audio_distances(made, true, others):
     """Embeddings (n, D) of N outputs, of their truths, and of the reference's other clips -> FAD per set and sample.
 
@@ -731,23 +736,6 @@ def audio_distances(made, true, others):
 
 # ---------------------------------------------------------------- worlds
 
-def through_video_file(clip, folder):
-    """The clip's frames (T, H, W, 3) uint8 as a viewer gets them: written to an mp4 file and read back."""
-    path = Path(folder) / "clip.mp4"
-    write_clip(path, clip.video, fps=clip.fps)
-    return read_video(path, fps=clip.fps, size=clip.video.shape[1])
-
-
-def through_wav_file(waves, sample_rate, folder):
-    """Waves (B, S) in [-1, 1] as a listener gets them: written to 16-bit wav files and read back."""
-    import soundfile
-    path, back = Path(folder) / "clip.wav", []
-    for wave in waves:
-        write_clip(path, audio=wave.numpy(), sample_rate=sample_rate)
-        back.append(torch.from_numpy(soundfile.read(path, dtype="float32")[0]))
-    return torch.stack(back)
-
-
 def batches(items, size):
     """Slices of `items`, `size` long; the last may be shorter."""
     return (items[i:i + size] for i in range(0, len(items), size))
@@ -766,7 +754,7 @@ class Worlds:
         self.fps, self.config = c.fps, models.vocoder.config
         self.clips = [WORLDS[name](seed, seconds, c.fps, c.size, c.sample_rate) for seed in seeds]
         self.true = torch.from_numpy(np.stack([clip.audio for clip in self.clips]))  # (N, S)
-        self.true_fit = self.fit(self.true) if embed else None
+        self.true_fit = fit(self.true, embed) if embed else None
         # the true sounds' log mel (N, M, L), with as many frames as the model makes for the clip
         self.mel = log_mel(torch.nn.functional.pad(self.true, (0, -self.true.shape[1] % self.config.hop)), self.config)
         self.found = {}  # times of the events found, by way of making
@@ -775,9 +763,12 @@ class Worlds:
     @torch.no_grad()
     def encode(self):
         """Video files -> latents (N, T, C, H, W) on the CPU, and PSNR per frame of the VAE and of the baseline."""
-        latents, own, bicubic = [], [], []
-        for clips in batches(self.clips, self.batch):
-            frames = to_frames(np.stack([through_video_file(clip, self.folder) for clip in clips]))
+        path, videos, latents, own, bicubic = Path(self.folder) / "clip.mp4", [], [], [], []
+        for clip in self.clips:  # as a viewer gets them
+            write_clip(path, clip.video, fps=self.fps)
+            videos.append(read_video(path, self.fps, size=clip.video.shape[1]))
+        for part in batches(videos, self.batch):
+            frames = to_frames(np.stack(part))
             latents.append(self.models.vae.encode(frames.to(self.device)).cpu())
             back = self.models.vae.decode(latents[-1].to(self.device)).cpu()
             true = (frames.flatten(0, 1) + 1) / 2  # (B, T, 3, H, W) -> (B*T, 3, H, W) in [0, 1]
@@ -793,8 +784,13 @@ class Worlds:
     @torch.no_grad()
     def vocode(self, mel):
         """Log mel (N, M, L) -> waves (N, S) of the clips' exact length, through 16-bit wav files."""
+        import soundfile
         waves = [self.models.vocoder.decode(part.to(self.device)).cpu() for part in batches(mel, self.batch)]
-        return through_wav_file(torch.cat(waves)[:, :self.true.shape[1]], self.config.sample_rate, self.folder)
+        path, back = Path(self.folder) / "clip.wav", []
+        for wave in torch.cat(waves)[:, :self.true.shape[1]].numpy():
+            write_clip(path, audio=wave, sample_rate=self.config.sample_rate)
+            back.append(torch.from_numpy(soundfile.read(path, dtype="float32")[0]))
+        return torch.stack(back)
 
     def generate(self, **settings):
         """What the model makes -> latents (N, T, C, H, W) and log mel (N, M, L); settings go to `cmmd.generate`."""
@@ -816,10 +812,6 @@ class Worlds:
             return [Events(rhythm(wave.numpy(), self.config.sample_rate)[0], "beats tell no dancer") for wave in waves]
         return impacts(log_mel(waves, self.config).numpy(), self.config)
 
-    def fit(self, waves):
-        """Waves (N, S) -> `gaussian` of what `embed` makes of them, one after the other (n, D)."""
-        return gaussian(np.concatenate([self.embed(None, wave.numpy()) for wave in waves]))
-
     def rows(self, name, videos, waves):
         """Scores of N videos or waves (N, S) against the true events, or of the two against each other."""
         found = self.seen(videos) if self.make == "picture" else self.heard(waves)
@@ -827,7 +819,7 @@ class Worlds:
         clips = [([one], other, None) for one, other in zip(found, true)]
         rows = [line for measure in world_measures() for line in pair_rows(measure, clips, rotations=len(clips))]
         if self.embed and self.make != "picture":
-            rows.append(row("Fréchet distance", frechet(self.fit(waves), self.true_fit), n=len(waves)))
+            rows.append(row("Fréchet distance", frechet(fit(waves, self.embed), self.true_fit), n=len(waves)))
         self.found[name] = [events.times.round(4).tolist() for events in found]
         return [{"name": name} | line for line in rows if line["value"] is not None]
 
@@ -1500,7 +1492,7 @@ def vocoder(args):
     embed, rows = args.embedding and embedder(args.embedding), []
     for entry in args.data:
         waves = true_sounds(entry, args, config)
-        truth = [embed(None, wave[0].numpy()) for wave in waves] if embed else None
+        truth = fit([wave[0] for wave in waves], embed) if embed else None
         for name, way in ways.items():
             row = {"data": entry, "n": len(waves), "sound": name}
             rows.append(row | vocoder_row(way, waves, config, embed, truth))
@@ -1558,10 +1550,7 @@ def vocoder_row(way, waves, config, embed, truth):
     for key in ("mel_l1", "stft"):
         values = np.array([[quality[key], 1.0] for quality in each])
         row[key], row[f"{key}_interval"] = float(share(values.sum(0))), bootstrap(values, share)
-    if not embed:
-        return row | {"frechet": math.nan}
-    made = np.concatenate([embed(None, wave[0].numpy()) for wave in made])
-    return row | {"frechet": frechet(gaussian(np.concatenate(truth)), gaussian(made))}
+    return row | {"frechet": frechet(truth, fit([wave[0] for wave in made], embed)) if embed else math.nan}
 
 
 # ---------------------------------------------------------------- speed
