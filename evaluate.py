@@ -227,8 +227,7 @@ def impacts(mels, config):
 
 
 def sound_scores(mels, clips, config):
-    """Of log10 mels (N, M, L) made for N world clips: onset F1 at 50 and 100 ms, and how many matched onsets have their
-    ball's pitch."""
+    """Log10 mels (N, M, L) made for N world clips -> onset F1 at 50 and 100 ms, and the share of right pitches."""
     found, true = impacts(mels, config), [clip.times for clip in clips]
     counts = {tol: event_counts([events.times for events in found], true, tol) for tol in TOLERANCES}
     figures = {f"f1_{round(tol * 1000)}": float(scores(each.sum(0)).f1) for tol, each in counts.items()}
@@ -439,8 +438,7 @@ def common_rate(paths):
 
 @torch.no_grad()
 def movement(path, fps, seconds=None, vae=None):
-    """`lower_movement`, where a speaker's mouth is, of a file's picture, through `vae` if given -> (T - 1,); a string
-    where there is no picture."""
+    """`lower_movement` of a file's picture, through `vae` if given -> (T - 1,); a string where there is no picture."""
     try:
         video = read_video(path, fps, size=64, seconds=seconds)
     except ValueError as error:
@@ -449,7 +447,7 @@ def movement(path, fps, seconds=None, vae=None):
 
 
 def lower_movement(frames):
-    """Frames uint8 (..., T, H, W, 3) -> mean absolute change from frame to frame in the lower middle (..., T - 1)."""
+    """Frames uint8 (..., T, H, W, 3) -> mean change from frame to frame where a speaker's mouth is (..., T - 1)."""
     H, W = frames.shape[-3:-1]
     part = frames[..., H // 2 :, W // 4 : W - W // 4, :].astype(np.float64)
     return np.abs(np.diff(part, axis=-4)).mean(axis=(-3, -2, -1))
@@ -691,8 +689,7 @@ def video_rows(pairs, i3d, args):
 
 
 def embedder(name, files=False):
-    """--embedding -> function (path, wave (S,) at 16 kHz) -> (n, D): anybody's function or, of `files`, fadtk's .npy
-    beside them."""
+    """--embedding -> function (path, wave (S,) at 16 kHz) -> (n, D): anybody's, or fadtk's .npy beside `files`."""
     module, colon, function = name.rpartition(":")
     give = "MODULE:FUNCTION or FILE.py:FUNCTION"
     if not colon and not files:
@@ -899,8 +896,7 @@ def worlds(args):
 
 
 def world_files(args):
-    """The command `clips`: held-out clips of a world as files, SEED.mp4, with the true sound; 256 px at 25 fps, as a
-    camera's would be larger and faster than what the model sees."""
+    """The command `clips`: held-out clips of a world as files, SEED.mp4; as of a camera: 256 px, 25 fps."""
     check_seeds(args)
     folder = Path(args.folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -958,8 +954,7 @@ def worlds_table(result):
 
 
 def compare(args):
-    """The command `compare`: two results of `worlds`, or of `folders`, for the same clips, by a paired test over clips:
-    the first's figures less the second's."""
+    """The command `compare`: two results of `worlds` or `folders`, paired over the same clips: first less second."""
     one, other = results = [read_result(path) for path in args.results]
     tables = [single_counts(path, result) for path, result in zip(args.results, results)]
     if any(one.get(key) != other.get(key) for key in ("seeds", "seconds", "world", "make", "names")):
@@ -980,8 +975,7 @@ def compare(args):
 
 
 def single_counts(path, result):
-    """A result of `worlds` or `folders` -> {figure: (its statistic, the counts of each clip, None where there are
-    none)}."""
+    """A result of `worlds` or `folders` -> {figure: (its statistic, each clip's counts or None where it has none)}."""
     statistics = {name: f for measure in (*world_measures(), *measures()) for name, f in measure.rows.items()}
     known = [line for line in result["rows"] if line.get("metric") in statistics and "counts" in line]
     found = {", ".join(filter(None, (line.get("name"), line["metric"]))): (statistics[line["metric"]], line["counts"])
@@ -1151,9 +1145,8 @@ def through_vocoder(wave, vocoder):
 
 
 def add_typical(clips, train=(), moved=()):
-    """Cut all envelopes to one length, and give every truth what to expect at each position: the mean envelope and the
-    mean movement of the other clips' truths, or of training envelopes `train` and movements `moved`; and the median
-    level of all envelopes."""
+    """Cut all envelopes to one length, and give every truth their median level and what to expect at each position: the
+    mean envelope and movement of the other clips' truths, or of training envelopes `train` and movements `moved`."""
     length = min(map(len, [*train, *(x.envelope for made, true, _ in clips for x in (*made, true))]))
     cut = lambda heard: heard and heard._replace(envelope=heard.envelope[:length])
     clips = [([cut(x) for x in made], cut(true), cut(again)) for made, true, again in clips]
@@ -1380,8 +1373,7 @@ def study(args):
 
 
 def study_make(args):
-    """`study make`: one static page with all clips in it, in a seeded order under blind numbers, and PAGE.key.csv that
-    tells which clip is whose."""
+    """`study make`: write one page of clips in a seeded order, and PAGE.key.csv that tells which clip is whose."""
     page, items = check_output(args.page, (".html",)), []
     for name, _, folder in (model.partition("=") for model in args.model):
         if not folder:
@@ -1673,8 +1665,7 @@ def port_pair(what, frames, size, args):
 
 
 def vae_pair(what, frames, size):
-    """Our VAE and diffusers', published sizes, random weights; both encode in the fast arithmetic and decode in
-    float32."""
+    """Our VAE and diffusers', published sizes, random weights; both encode as fast as can be and decode in float32."""
     from diffusers import AutoencoderKL
     ours = VAE().eval()
     c = ours.config
@@ -1769,8 +1760,7 @@ PASSES = {"pass": 3, "mm-diffusion": 1000}  # to make the sound of a clip: our d
 
 
 def bench(args):
-    """The command `bench`: one pass of the model, the same of MM-Diffusion, and steps of training, each in a fresh
-    process: parameters, GFLOP, seconds and peak memory."""
+    """The command `bench`: passes and training steps beside MM-Diffusion's, in fresh processes: time, FLOPs, memory."""
     try:
         [replace(CMMDConfig(**SIZES[size]), **args.config) for size in args.sizes]
     except TypeError as error:
