@@ -26,6 +26,7 @@ N clips, K kinds of ball. Times are seconds. Every score of clips is printed bes
 """
 
 import base64
+import colorsys
 import contextlib
 import csv
 import ctypes
@@ -327,8 +328,7 @@ def _beats(frames, fps):
 
 def _hue_likeness(frames):
     """How far each pixel (..., 3) in [0, 1] is from grey in the direction of each kind's hue -> (..., K)."""
-    position = 6 * np.array(KIND_HUE)[:, None] + np.array([5.0, 3.0, 1.0])  # hue -> pure colour, (K, 3)
-    hues = 1 - np.clip(np.minimum(position % 6, 4 - position % 6), 0, 1)
+    hues = np.array([colorsys.hsv_to_rgb(hue, 1, 1) for hue in KIND_HUE])  # (K, 3)
     hues -= hues.mean(1, keepdims=True)
     hues = (hues / np.linalg.norm(hues, axis=1, keepdims=True)).astype(np.float32)
     return (frames - frames.mean(-1, keepdims=True)) @ hues.T
@@ -1002,17 +1002,17 @@ CANDIDATES = 16
 def pairs(args):
     """The command `pairs`: losses of true, shifted and swapped pairs by noise level, and retrieval by loss."""
     check_seeds(args)
-    models, span = load_models(args.weights, args.device), 0.4  # s on either side, for shifted sounds
+    models, most = load_models(args.weights, args.device), 0.4  # s on either side, for shifted sounds
     config, front = models.cmmd.config, models.vocoder.config
     seconds, rate = config.frames / config.fps, config.sample_rate
     latents, waves, shifted = [], [], []
     for seed in range(args.seed_start, args.seed_start + args.n):
-        clip, rng = bounce(seed, seconds + 2 * span, config.fps, config.size, rate), np.random.default_rng(seed)
-        first = round(span * config.fps)
+        clip, rng = bounce(seed, seconds + 2 * most, config.fps, config.size, rate), np.random.default_rng(seed)
+        first = round(most * config.fps)
         begin = first / config.fps
         frames = to_frames(clip.video[None, first : first + config.frames])
         latents.append(models.vae.encode(frames.to(next(models.vae.parameters()).device)))
-        later = rng.choice([-1, 1]) * rng.uniform(0.1, span)
+        later = rng.choice([-1, 1]) * rng.uniform(0.1, most)
         for out, start in ((waves, begin), (shifted, begin + later)):
             start = round(start * rate)
             out.append(torch.from_numpy(clip.audio[start : start + round(seconds * rate)]))
