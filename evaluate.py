@@ -1375,10 +1375,12 @@ def study(args):
 def study_make(args):
     """`study make`: write one page of clips in a seeded order, and PAGE.key.csv that tells which clip is whose."""
     page, items = check_output(args.page, (".html",)), []
-    for name, _, folder in (model.partition("=") for model in args.model):
-        if not folder:
-            raise ValueError(f"--model {name}: expected NAME=FOLDER")
-        items += [(name, path) for path in clip_files(folder).values()]
+    for model in args.model:
+        name, _, folder = model.partition("=")
+        clips = clip_files(folder) if folder else {}
+        if not clips:
+            raise ValueError(f"--model {model}: expected NAME=FOLDER, a folder that holds clips")
+        items += [(name, path) for path in clips.values()]
     for _, path in items:
         media = probe(path)
         if path.suffix.lower() not in (".mp4", ".webm") or not (media.video and media.audio):

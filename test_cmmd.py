@@ -4186,7 +4186,9 @@ def test_evaluate_study_is_blind_and_read_back(study_page, clip_folders, tmp_pat
 
 
 def test_evaluate_study_refuses(clip_folders, tmp_path, capsys):
-    for model, part in (("made", "NAME=FOLDER"), (f"a={clip_folders / 'made'}", "picture and sound")):
+    (tmp_path / "empty").mkdir()
+    for model, part in (("made", "NAME=FOLDER"), (f"a={clip_folders / 'made'}", "picture and sound"),
+                        (f"a={tmp_path / 'empty'}", "a folder that holds clips")):
         assert evaluate.main(["study", "make", str(tmp_path / "a.html"), "--task", "dance", "--model", model]) == 2
         error = capsys.readouterr().err
         assert part in error and error.count("\n") == 1
