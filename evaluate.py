@@ -1635,10 +1635,22 @@ PORTS = ("VAE encode", "VAE decode", "MelGAN", "mel")  # against diffusers, diff
 
 
 def ports(args):
-    """The command `ports`: our networks beside the originals, same weights and input, in time and memory."""
-    if "MelGAN" in args.only and not args.melgan:
-        print("MelGAN is left out: it needs --melgan, a clone of descriptinc/melgan-neurips", file=sys.stderr)
-    rows = [port_row(what, args) for what in PORTS if what in args.only and (what != "MelGAN" or args.melgan)]
+    """The command `ports`: our networks beside the originals, same weights and input, in time and memory.
+
+    Times are medians of interleaved repeats in this process; memory is a first call's peak in a fresh one."""
+    rows = []
+    for what in (what for what in PORTS if what in args.only):
+        if what == "MelGAN" and not args.melgan:
+            print("MelGAN is left out: it needs --melgan, a clone of descriptinc/melgan-neurips", file=sys.stderr)
+            continue
+        pair = port_pair(what, args.frames, args.size, args)
+        apart = float((pair[0]() - pair[1]()).abs().max())  # also warms up
+        seconds = timed(pair, args.repeats, time.process_time)  # of the processor: others' work counts little
+        del pair
+        memory = [alone(port_memory, what, side, args.frames, args.size, args) for side in (0, 1)]
+        rows.append({"what": what, "apart": apart, "seconds": [float(np.median(x)) for x in seconds],
+                     "ranges": [[min(x), max(x)] for x in seconds], "mib": memory})
+        print(f"{what} done", file=sys.stderr, flush=True)
     lengths = (64, 600) if "VAE decode" in args.only else ()  # 64 frames of 32 x 32 are the most decoded at a time
     long = {n: alone(port_memory, "VAE decode", 0, n, 32, args) for n in lengths}
     lines = []
@@ -1714,20 +1726,6 @@ def mel_pair():
         return torch.from_numpy(np.log10(np.maximum(mel, 1e-5)))[None]
 
     return lambda: log_mel(wave, c), theirs
-
-
-def port_row(what, args):
-    """One comparison: medians of interleaved repeats in this process, peak memory of each in a fresh one.
-
-    Times are of the processor, so what else a machine does counts little; they are seconds where threads are 1."""
-    pair = port_pair(what, args.frames, args.size, args)
-    apart = float((pair[0]() - pair[1]()).abs().max())  # also warms up
-    seconds = timed(pair, args.repeats, time.process_time)
-    del pair
-    memory = [alone(port_memory, what, side, args.frames, args.size, args) for side in (0, 1)]
-    print(f"{what} done", file=sys.stderr, flush=True)
-    return {"what": what, "apart": apart, "seconds": [float(np.median(x)) for x in seconds],
-            "ranges": [[min(x), max(x)] for x in seconds], "mib": memory}
 
 
 def port_memory(what, side, frames, size, args):
@@ -1904,7 +1902,7 @@ def arguments():
     def add_commands(to, dest, functions):
         made = to.add_subparsers(dest=dest, required=True)
         for name, function in functions.items():
-            parsers[name] = made.add_parser(name, help=" ".join(function.__doc__.partition(": ")[2].split()))
+            parsers[name] = made.add_parser(name, help=function.__doc__.partition(": ")[2].partition("\n\n")[0])
 
     add_commands(parser, "command", COMMANDS)
     add_commands(parsers["study"], "step", STUDY)
