@@ -693,7 +693,7 @@ def _frames_that_fill(known, given, frames, config):
 def _make(model, windows, T, seeds, guidance, sampler, stochasticity, known, keep, given, condition, times, progress):
     """Make the side that is not `given`, or both if it is None, down the noise levels `times` -> [video, audio].
 
-    condition "blind": the side `given` is nothing but noise; None stands in its place."""
+    condition "blind": the side `given` is nothing but noise to the model, and comes back as it was."""
     config, device = model.config, next(model.parameters()).device
     H, W = [config.size // 8] * 2 if known[0] is None else known[0].shape[3:]
     L = known[1].shape[2] if given == 1 and known[1] is not None else mel_frames(T, config)

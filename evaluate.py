@@ -824,17 +824,16 @@ class Worlds:
         """Rows of the truth, as it is and through the networks that anything made goes through."""
         through = {"sound": "mel and vocoder", "picture": "the VAE", "both": "VAE, mel and vocoder"}[self.make]
         return [*self.rows("true (raw ceiling)", [clip.video for clip in self.clips], self.true),
-                *self.scored(f"true, through {through} (chain ceiling)", self.latents, self.mel)]
+                *self.rows(f"true, through {through} (chain ceiling)", *self.decoded(self.latents, self.mel))]
 
-    def scored(self, name, latents, mel):
-        """The rows of latents (N, T, C, H, W) and log mel (N, M, L), of which only what counts is decoded."""
-        return self.rows(name, None if self.make == "sound" else self.draw(latents),
-                        None if self.make == "picture" else self.vocode(mel))
+    def decoded(self, latents, mel):
+        """Latents (N, T, C, H, W) and log mel (N, M, L) -> videos, waves; None for what `rows` does not look at."""
+        return (None if self.make == "sound" else self.draw(latents),
+                None if self.make == "picture" else self.vocode(mel))
 
-    def spread(self, latents, mel):
+    def spread(self, videos, latents, mel):
         """How varied N clips are: distances (root mean square) of any two, kinds, counts and tempi seen -> dict."""
-        videos, figures = self.draw(latents), {}
-        seen = self.seen(videos)
+        seen, figures = self.seen(videos), {}
         for side, x in (("pictures", latents), ("sounds", self.models.cmmd.normalise(mel))):
             apart = torch.pdist(x.flatten(1).double()) / math.sqrt(x[0].numel())
             figures[f"distance of two {side}: least, median"] = [float(apart.min()), float(apart.median())]
@@ -884,12 +883,14 @@ def worlds(args):
             start = time.perf_counter()
             made = world.generate(condition=condition, **settings,
                                   progress=lambda done, of: result["steps"].update({condition: of}))
-            rows += world.scored(condition, *made)
+            videos, waves = world.decoded(*made)
+            rows += world.rows(condition, videos, waves)
             if both:
-                result["variety"][condition] = world.spread(*made)
+                result["variety"][condition] = world.spread(videos, *made)
             print(f"{condition}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
         if both:
-            result["variety"]["the world's own"] = world.spread(world.latents, world.mel)
+            own = world.draw(world.latents), world.latents, world.mel
+            result["variety"]["the world's own"] = world.spread(*own)
         beats = beat_rows(world.found) if args.world == "dance" and args.make == "sound" else []
         result |= {"rows": beside_ceiling(rows) + beats, "found": world.found, **world.quality()}
     return worlds_table(result), result
