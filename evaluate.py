@@ -755,6 +755,8 @@ class Worlds:
         # the true sounds' log mel (N, M, L), with as many frames as the model makes for the clip
         self.mel = log_mel(torch.nn.functional.pad(self.true, (0, -self.true.shape[1] % self.config.hop)), self.config)
         self.found = {}  # times of the events found, by way of making
+        others = () if make == "sound" else (WORLDS[name](seed + len(seeds), seconds, c.fps, c.size) for seed in seeds)
+        self.true_look = self.look(clip.video for clip in others) if make != "sound" else None
         self.encode()
 
     @torch.no_grad()
@@ -799,6 +801,11 @@ class Worlds:
             made.append([x[0].cpu(), model.denormalise(x[1]).cpu()])
         return [torch.cat(parts) for parts in zip(*made)]
 
+    def look(self, videos):
+        """Videos uint8 (T, H, W, 3) -> `gaussian` of the latents of their frames."""
+        latents = [self.models.vae.encode(to_frames(video)[None].to(self.device)).cpu() for video in videos]
+        return gaussian(torch.cat(latents, 1)[0].flatten(1))  # (1, N*T, C, H, W) -> (N*T, C*H*W)
+
     def seen(self, videos):
         """What happens in N videos -> Events of each."""
         return [picture_events(video, self.fps, self.name) for video in videos]
@@ -817,6 +824,8 @@ class Worlds:
         rows = [line for measure in world_measures() for line in pair_rows(measure, clips, rotations=len(clips))]
         if self.embed and self.make != "picture":
             rows.append(row("Fréchet distance", frechet(fit(waves, self.embed), self.true_fit), n=len(waves)))
+        if self.make != "sound":
+            rows.append(row("Fréchet distance of frames", frechet(self.look(videos), self.true_look), n=len(videos)))
         self.found[name] = [events.times.round(4).tolist() for events in found]
         return [{"name": name} | line for line in rows if line["value"] is not None]
 
@@ -939,6 +948,8 @@ def worlds_table(result):
     what = {"sound": "of what is heard against the true events", "picture": "of what is seen against the true events",
             "both": "of what is heard against what is seen"}[result["make"]]
     what += f"; Fréchet distances are on {result['embedding']}" if result["embedding"] else ""
+    if result["make"] != "sound":
+        what += "; Fréchet distances of frames are on their latents, to those of as many other true clips"
     text = score_table(
         result["rows"], f"F1 and kinds: {what}.",
         f"n = {result['n']} clips of {result['seconds']} s of {result['world']}, seeds {first} to {last}; weights "
