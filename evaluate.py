@@ -755,8 +755,8 @@ class Worlds:
         # the true sounds' log mel (N, M, L), with as many frames as the model makes for the clip
         self.mel = log_mel(torch.nn.functional.pad(self.true, (0, -self.true.shape[1] % self.config.hop)), self.config)
         self.found = {}  # times of the events found, by way of making
-        others = () if make == "sound" else (WORLDS[name](seed + len(seeds), seconds, c.fps, c.size) for seed in seeds)
-        self.true_look = self.look(clip.video for clip in others) if make != "sound" else None
+        if make != "sound":  # how frames of other clips look
+            self.true_look = self.look(WORLDS[name](seed + len(seeds), seconds, c.fps, c.size).video for seed in seeds)
         self.encode()
 
     @torch.no_grad()
