@@ -757,6 +757,11 @@ class Worlds:
         self.found = {}  # times of the events found, by way of making
         if make != "sound":  # how frames of other clips look
             self.true_look = self.look(WORLDS[name](seed + len(seeds), seconds, c.fps, c.size).video for seed in seeds)
+        if make == "both":  # how this world sounds, and the others
+            others = [[world(seed, seconds, c.fps, c.size, c.sample_rate).audio for seed in seeds]
+                      for world in WORLDS.values() if world is not WORLDS[name]]
+            sounds = [self.true, *(torch.from_numpy(np.stack(audio)) for audio in others)]
+            self.timbres = torch.stack([self.timbre(waves).mean(0) for waves in sounds])
         self.encode()
 
     @torch.no_grad()
@@ -816,17 +821,31 @@ class Worlds:
             return [Events(rhythm(wave.numpy(), self.config.sample_rate)[0], "beats tell no dancer") for wave in waves]
         return impacts(log_mel(waves, self.config).numpy(), self.config)
 
+    def timbre(self, waves):
+        """Waves (N, S) -> their log mel's mean over time (N, M)."""
+        return log_mel(waves, self.config).mean(2)
+
+    def own(self, waves):
+        """(N,) bool: which of N waves (N, S) are nearer to this world's sounds than to another's, by their timbre."""
+        return torch.cdist(self.timbre(waves), self.timbres).argmin(1) == 0
+
     def rows(self, name, videos, waves):
-        """Scores of N videos or waves (N, S) against the true events, or of the two against each other."""
+        """Scores of N videos or waves (N, S) against the true events, or of the two against each other: then of those
+        alone that are of this world, since a model that is given nothing may make another."""
         found = self.seen(videos) if self.make == "picture" else self.heard(waves)
-        true = self.seen(videos) if self.make == "both" else self.clips
+        true, stranger = self.clips, Events("of another world", "of another world")
+        if self.make == "both":
+            own = self.own(waves)
+            found, true = ([events if ours else stranger for events, ours in zip(clips, own)]
+                           for clips in (found, self.seen(videos)))
+            videos, waves = [video for video, ours in zip(videos, own) if ours], waves[own]
         clips = [([one], other, None) for one, other in zip(found, true)]
         rows = [line for measure in world_measures() for line in pair_rows(measure, clips, rotations=len(clips))]
-        if self.embed and self.make != "picture":
+        if self.embed and self.make != "picture" and len(waves):
             rows.append(row("Fréchet distance", frechet(fit(waves, self.embed), self.true_fit), n=len(waves)))
-        if self.make != "sound":
+        if self.make != "sound" and len(videos):
             rows.append(row("Fréchet distance of frames", frechet(self.look(videos), self.true_look), n=len(videos)))
-        self.found[name] = [events.times.round(4).tolist() for events in found]
+        self.found[name] = [None if events is stranger else events.times.round(4).tolist() for events in found]
         return [{"name": name} | line for line in rows if line["value"] is not None]
 
     def ceilings(self):
@@ -894,8 +913,9 @@ def worlds(args):
                                   progress=lambda done, of: result["steps"].update({condition: of}))
             videos, waves = world.decoded(*made)
             rows += world.rows(condition, videos, waves)
-            if both:
-                result["variety"][condition] = world.spread(videos, *made)
+            if both and (own := world.own(waves)).sum() > 1:
+                videos = [video for video, ours in zip(videos, own) if ours]
+                result["variety"][condition] = world.spread(videos, *(x[own] for x in made))
             print(f"{condition}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
         if both:
             own = world.draw(world.latents), world.latents, world.mel
@@ -926,8 +946,10 @@ def beside_ceiling(rows):
         top = chain[line["metric"]]
         out.append(line | {"ceiling": top["value"]})
         if line["metric"].startswith("F1") and not line["name"].startswith("true"):
-            counts = np.stack([line["counts"], top["counts"]], axis=1)  # (N, 2, counts)
-            out[-1]["note"] = f"{span(float(ratio(counts.sum(0))), bootstrap(counts, ratio))} of the ceiling"
+            pairs = zip(line["counts"], top["counts"])
+            counts = np.array([pair for pair in pairs if None not in pair])  # (N, 2, counts)
+            share = f"{span(float(ratio(counts.sum(0))), bootstrap(counts, ratio))} of the ceiling"
+            out[-1]["note"] = "; ".join(filter(None, (line["note"], share)))
     return out
 
 

@@ -4648,6 +4648,22 @@ def test_weights_make_the_sounds_of_held_out_clips(trained, tmp_path):
 
 
 @shipped
+def test_weights_worlds_made_from_nothing_of_another_world_are_told_and_left_out(trained, tmp_path):
+    """The true sounds: none of balls is lost, most dancers are told, and what is left scores as it does alone."""
+    world = evaluate.Worlds(trained, "bounce", "both", range(20), 1.8, 8, tmp_path)
+    dancers = [data.WORLDS["dance"](seed, 1.8, 10, 64) for seed in range(20)]
+    videos = [clip.video for clip in (*world.clips, *dancers)]
+    waves = torch.cat([world.true, torch.from_numpy(np.stack([clip.audio for clip in dancers]))])
+    own = world.own(waves)
+    assert own[:20].all() and own[20:].float().mean() < 0.2
+    alone, among = world.rows("a", videos[:20], waves[:20]), world.rows("b", videos, waves)
+    told, lost = among[0]["note"], int((~own).sum())
+    assert told == f"{lost}: of another world" and not alone[0]["note"] and among[0]["n"] == 40 - lost
+    assert among[0]["counts"][:20] == alone[0]["counts"] and among[0]["counts"].count(None) == lost
+    assert evaluate.beside_ceiling([line | {"name": "chain"} for line in alone] + among)[-1]["ceiling"] is not None
+
+
+@shipped
 @pytest.mark.parametrize("world, make, seconds", [
     ("bounce", "sound", 1.8), *(pytest.param(*case, marks=pytest.mark.slow) for case in (
         ("bounce", "both", 1.8), ("bounce", "picture", 1.8), ("dance", "picture", 1.8), ("dance", "sound", 3.6),
