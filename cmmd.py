@@ -648,11 +648,11 @@ def generate(model: CMMD, video: torch.Tensor | None = None, audio: torch.Tensor
     keep: (keep_video, keep_audio), for a side that is given in part: boolean masks (T,) or (B, T), (L,) or (B, L).
     Where True its values are held exactly, elsewhere and beyond its end they are made: continuation and inpainting.
     condition, how the given side enters: "clean" at its own t = 0 (ours), with guidance w (default: 2 for pictures, 0
-    for sounds) away from the prediction that does not see it, at t > 0.5; "replace" noised to the current level
-    (Eq. 5), where guidance does nothing; "guide" also pulled down the gradient of its own reconstruction (Eq. 3) with
-    lambda = guidance (default 1). Where no side is given whole, "clean" makes a picture that hears nothing, then sound
-    and picture by turns, each for the other, from the same noise (ours); "replace" and "guide" make both at once, as
-    the paper does. What is kept of a side stands, as in Eq. 5, at the noise level of what is made of it.
+    for sounds) of what moves away from the prediction that does not see it, at t > 0.5; "replace" noised to the
+    current level (Eq. 5), where guidance does nothing; "guide" also pulled down the gradient of its own reconstruction
+    (Eq. 3) with lambda = guidance (default 1). Where no side is given whole, "clean" makes a picture that hears
+    nothing, then sound and picture by turns, each for the other, from the same noise (ours); "replace" and "guide" make
+    both at once, as the paper does. What is kept of a side stands, as in Eq. 5, at the noise level of what is made.
     steps: by default 3 for sounds and 6 for pictures, of each turn too, 10 by "replace" and "guide", 25 for both at
     once: see `sampling_times`.
     sampler: "ddim" with `stochasticity` s in [0, 1] (0 DDIM, 1 fresh noise at every step) or "dpm", DPM-Solver++(2M).
@@ -832,33 +832,25 @@ def _predictor(model, windows, known, given, condition, guidance, shift):
     place the model sees: "clean": itself, at t = 0; "blind": noise, at t = 1; "replace" and "guide": itself, noised to
     t; none given: what has been made of it so far, at t."""
 
-    def at(x, times):
-        out = windows.velocities(model, x, times, given)
-        clean = lambda x_t, v, t: denoise(x_t, v, t)[0]
-        return [None if v is None else in_pieces(clean, x_t, v, t, into=v) for x_t, v, t in zip(x, out, times)]
-
     def joint(x, t, noise):
-        return at(x, levels(t, shift))
+        return windows.predictions(model, x, levels(t, shift))
 
-    def beside(x, t, other, level):
+    def beside(x, t, other, level, **guide):
         x, times = list(x), [t, t]
         x[given], times[given] = other, level
-        return at(x, times)
+        return windows.predictions(model, x, times, given, **guide)
+
+    def clean(x, t, noise):
+        return beside(x, t, known, 0.0, blind=noise[given], guidance=guidance if t > GUIDED else 0.0)
 
     def blind(x, t, noise):
         return beside(x, t, noise[given], 1.0)
-
-    def clean(x, t, noise):
-        seeing, made = beside(x, t, known, 0.0), 1 - given
-        if guidance and t > GUIDED:
-            push_away(seeing[made], blind(x, t, noise)[made], guidance)
-        return seeing
 
     def noised(x, t, noise):
         x, whole, times = list(x), windows.lengthen(known, given), levels(t, shift)
         x[given] = diffuse(whole, noise[given], times[given])
         if condition == "replace":
-            return at(x, times)
+            return windows.predictions(model, x, times, given)
         x_0, gradient = windows.reconstruction_gradient(model, x, times, whole, given)  # "guide", Eq. 3
         signal = scales(times[1 - given], x_0)[0]  # sqrt(alpha_bar)
         pulled = x_0 - guidance * signal * gradient
@@ -867,20 +859,20 @@ def _predictor(model, windows, known, given, condition, guidance, shift):
     return joint if given is None else {"clean": clean, "blind": blind}.get(condition, noised)
 
 
-def push_away(x, blind, guidance):
-    """x + guidance (x - blind), scaled back to the spread that each sample of x (B, ...) had, written into x:
-    classifier-free guidance, rescaled (Ho and Salimans 2021; Lin et al. 2023, Sec. 3.4)."""
-    spread = lambda: torch.stack([one.std() for one in x]).reshape(-1, *[1] * (x.dim() - 1))
-    before = spread()
-    in_pieces(lambda s, b: s + guidance * (s - b), x, blind, into=x)
-    x.mul_(before / spread().clamp(min=1e-6))
+def push_away(x_0, blind, guidance, time):
+    """Classifier-free guidance (Ho and Salimans 2021) of what moves alone (ours): predictions x_0 (B, ...) + guidance
+    times what they differ from the blind ones, less the mean of that over the dimension `time`. What stands still in a
+    picture no sound tells; pushed as well, it turns grey (measured: README)."""
+    away = x_0 - blind
+    return x_0 + guidance * (away - away.mean(time, keepdim=True))
 
 
-def at_levels(model, parts, times):
-    """The model's velocities, float32, of parts = [video, audio] (B, ...), all at the same two noise levels."""
+def clean_parts(model, parts, times):
+    """What the model takes parts = [video, audio] (B, ...), all at the same two noise levels, to be without noise."""
     B, device = len(parts[0]), parts[0].device
     with fast_autocast(device):
-        return model(*parts, *(torch.full((B,), float(t), device=device) for t in times))
+        velocities = model(*parts, *(torch.full((B,), float(t), device=device) for t in times))
+    return [denoise(x_t, v, t)[0] for x_t, v, t in zip(parts, velocities, times)]
 
 
 class Windows:
@@ -941,13 +933,19 @@ class Windows:
                 part = part * (share[:, None, None, None] if side == 0 else share)
             canvas[b].narrow(side, start, n).add_(part)
 
-    def velocities(self, model, x, times, given=None):
-        """The model over the windows of x = [video, audio] at two noise levels -> velocities, None of side `given`."""
+    def predictions(self, model, x, times, given=None, blind=None, guidance=0.0):
+        """The clean data that the model predicts over the windows of x = [video, audio] at two noise levels, None of
+        the side `given`. guidance: away from what it predicts where the noise `blind` takes that side's place."""
         out = [None if side == given else torch.zeros_like(x[side]) for side in (0, 1)]
         for pairs in self.batches(len(x[0])):
-            parts = at_levels(model, [self.cut(x[side], side, pairs) for side in (0, 1)], times)
+            parts = [self.cut(x[side], side, pairs) for side in (0, 1)]
+            clean = clean_parts(model, parts, times)
+            if guidance:
+                made, parts[given] = 1 - given, self.cut(blind, given, pairs)
+                unseeing = clean_parts(model, parts, [1.0 if side == given else t for side, t in enumerate(times)])
+                clean[made] = push_away(clean[made], unseeing[made], guidance, 1 + made)
             for side in {0, 1} - {given}:
-                self.paste(out[side], parts[side], side, pairs)
+                self.paste(out[side], clean[side], side, pairs)
         return out
 
     def reconstruction_gradient(self, model, x, times, known, given):
@@ -959,8 +957,7 @@ class Windows:
             parts = [self.cut(x[side], side, pairs) for side in (0, 1)]
             with torch.enable_grad():
                 parts[made].requires_grad_(True)
-                v = at_levels(model, parts, times)
-                x_0 = [denoise(part, v_part, t)[0] for part, v_part, t in zip(parts, v, times)]
+                x_0 = clean_parts(model, parts, times)
                 shares = torch.stack([self.weights[given][w] for _, w in pairs]).to(x[0])
                 shares = shares[:, :, None, None, None] if given == 0 else shares[:, None]
                 error = (shares * (self.cut(known, given, pairs) - x_0[given]).square()).sum()

@@ -585,7 +585,8 @@ def test_cmmd_kept_parts_are_exact_enter_with_one_noise_and_are_seen(full_precis
     assert [x.shape for x in made] == [video.shape, audio.shape]
     assert torch.equal(made[0][:, :4], video[:, :4]) and torch.equal(made[1][..., 40:], audio[..., 40:])
     assert (made[0][:, 4:] - video[:, 4:]).abs().min() > 0
-    firsts = seen[:: len(seen) // 3]  # the first window of every step
+    firsts = [x for last, x in zip([(0, 0, 0), *seen], seen) if x[2] not in (0, last[2])]  # the picture's first windows
+    assert len(firsts) == 3 * (1 + cmmd.TURNS)
     eps = [cmmd.ddim_step(x[0][:, :4], video[:, :4], float(x[2]), 1.0) for x in firsts]
     for other in eps[1:]:
         torch.testing.assert_close(other, eps[0], rtol=0, atol=1e-4)
@@ -818,8 +819,7 @@ def test_cmmd_gradient_of_eq_3_equals_finite_differences(full_precision, given, 
         slope = (ends[0] - ends[1]) / (2 * small)
         wanted = (gradient * step).sum() / step.std() / gradient.numel() ** 0.5
         assert slope.item() == pytest.approx(wanted.item(), rel=tolerance)
-    velocity = windows.velocities(model, x, [0.6, 0.6])[1 - given]
-    torch.testing.assert_close(x_0, denoise(x[1 - given], velocity, 0.6)[0], rtol=0, atol=1e-4)
+    torch.testing.assert_close(x_0, windows.predictions(model, x, [0.6, 0.6])[1 - given], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("given", [0, 1])
@@ -832,7 +832,7 @@ def test_cmmd_replace_is_eq_5_and_guide_eq_3(full_precision, given):
     for t in (0.9, 0.3):
         signal, sigma, noisy = math.cos(t * math.pi / 2), math.sin(t * math.pi / 2), list(x)
         noisy[given] = signal * known + sigma * eps[given]
-        plain = denoise(x[1 - given], windows.velocities(model, noisy, [t, t])[1 - given].detach(), t)[0]
+        plain = windows.predictions(model, noisy, [t, t])[1 - given].detach()
         free = noisy[1 - given] = x[1 - given].clone().requires_grad_()
         (gradient,) = torch.autograd.grad(reconstruction_error(model, windows, noisy, t, known, given), free)
         assert cmmd.default_guidance("guide", given) == 1.0
@@ -872,13 +872,15 @@ def test_cmmd_generate_asks_nothing_of_a_given_side_but_what_it_needs(full_preci
     torch.testing.assert_close(guided[1], plain[1], rtol=0, atol=1e-5)  # the same noise for the sound
 
 
-def test_cmmd_guidance_pushes_away_and_keeps_the_spread(full_precision):
-    x, blind = noise(2, 5, 4, 3, 3), noise(2, 5, 4, 3, 3)
-    pushed, expected = x.clone(), x + 2 * (x - blind)
-    cmmd.push_away(pushed, blind, 2.0)
-    for one, before, raw in zip(pushed, x, expected):
-        torch.testing.assert_close(one.std(), before.std())
-        torch.testing.assert_close(one, raw * before.std() / raw.std())
+@pytest.mark.parametrize("shape, time", [((2, 5, 4, 3, 3), 1), ((2, 80, 32), 2)])
+def test_cmmd_guidance_pushes_what_moves_and_keeps_what_stands(full_precision, shape, time):
+    x, blind = noise(*shape), noise(*shape, seed=1)
+    pushed = cmmd.push_away(x, blind, 2.0, time)
+    moving = lambda y: y - y.mean(time, keepdim=True)
+    torch.testing.assert_close(pushed.mean(time), x.mean(time))
+    torch.testing.assert_close(moving(pushed), 3 * moving(x) - 2 * moving(blind))
+    still = x.mean(time, keepdim=True).expand_as(x)
+    torch.testing.assert_close(cmmd.push_away(still, blind.mean(time, keepdim=True).expand_as(x), 2.0, time), still)
 
 
 def test_cmmd_pictures_are_guided_and_sounds_are_not_unless_asked(full_precision, monkeypatch):
