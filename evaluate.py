@@ -758,9 +758,9 @@ class Worlds:
         if make != "sound":  # how frames of other clips look
             self.true_look = self.look(WORLDS[name](seed + len(seeds), seconds, c.fps, c.size).video for seed in seeds)
         if make == "both":  # how this world sounds, and the others
-            others = [[world(seed, seconds, c.fps, c.size, c.sample_rate).audio for seed in seeds]
-                      for world in WORLDS.values() if world is not WORLDS[name]]
-            sounds = [self.true, *(torch.from_numpy(np.stack(audio)) for audio in others)]
+            others = ([world(seed, seconds, c.fps, c.size, c.sample_rate).audio for seed in seeds]
+                      for key, world in WORLDS.items() if key != name)
+            sounds = self.true, *(torch.from_numpy(np.stack(audio)) for audio in others)
             self.timbres = torch.stack([self.timbre(waves).mean(0) for waves in sounds])
         self.encode()
 
@@ -838,7 +838,7 @@ class Worlds:
             own = self.own(waves)
             found, true = ([events if ours else stranger for events, ours in zip(clips, own)]
                            for clips in (found, self.seen(videos)))
-            videos, waves = [video for video, ours in zip(videos, own) if ours], waves[own]
+            videos, waves = list(itertools.compress(videos, own)), waves[own]
         clips = [([one], other, None) for one, other in zip(found, true)]
         rows = [line for measure in world_measures() for line in pair_rows(measure, clips, rotations=len(clips))]
         if self.embed and self.make != "picture" and len(waves):
@@ -914,7 +914,7 @@ def worlds(args):
             videos, waves = world.decoded(*made)
             rows += world.rows(condition, videos, waves)
             if both and (own := world.own(waves)).sum() > 1:
-                videos = [video for video, ours in zip(videos, own) if ours]
+                videos = list(itertools.compress(videos, own))
                 result["variety"][condition] = world.spread(videos, *(x[own] for x in made))
             print(f"{condition}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
         if both:
