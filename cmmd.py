@@ -625,7 +625,7 @@ def draw_negatives(x, shifted, others, dim, shares=(1, 1, 1)):
 
 
 CONDITIONS = ("clean", "replace", "guide")  # how a given side enters
-TURNS = 2  # where neither side is given: how often sound and picture are made anew, each for the other
+TURNS = 2  # where neither side is given: how often picture and sound are made anew, each for the other
 GUIDED = 0.5  # "clean" guides at noise levels above this: what is late are details, which guidance only roughens
 
 
@@ -650,11 +650,11 @@ def generate(model: CMMD, video: torch.Tensor | None = None, audio: torch.Tensor
     condition, how the given side enters: "clean" at its own t = 0 (ours), with guidance w (default: 2 for pictures, 0
     for sounds) of what moves away from the prediction that does not see it, at t > 0.5; "replace" noised to the
     current level (Eq. 5), where guidance does nothing; "guide" also pulled down the gradient of its own reconstruction
-    (Eq. 3) with lambda = guidance (default 1). Where no side is given whole, "clean" makes a picture that hears
-    nothing, then sound and picture by turns, each for the other, from the same noise (ours); "replace" and "guide" make
-    both at once, as the paper does. What is kept of a side stands, as in Eq. 5, at the noise level of what is made.
-    steps: by default 3 for sounds and 6 for pictures, of each turn too, 10 by "replace" and "guide", 25 for both at
-    once: see `sampling_times`.
+    (Eq. 3) with lambda = guidance (default 1). Where no side is given whole, "replace" and "guide" make both at
+    once, as the paper does; "clean" begins so, then makes picture and sound anew by turns, each for the other, from the
+    same noise (ours). What is kept of a side stands, as in Eq. 5, at the noise level of what is made.
+    steps: by default 3 for sounds and 6 for pictures, of each turn too, 10 for both before them; 10 by "replace" and
+    "guide", 25 for both: see `sampling_times`.
     sampler: "ddim" with `stochasticity` s in [0, 1] (0 DDIM, 1 fresh noise at every step) or "dpm", DPM-Solver++(2M).
     seeds: one a sample; the same seed gives the same noise on any device and in any batch. Clips longer than a training
     window are cut into windows every `stride` frames, `window_batch` at a time, whose predictions are blended at every
@@ -666,17 +666,18 @@ def generate(model: CMMD, video: torch.Tensor | None = None, audio: torch.Tensor
     fits = len(seeds) and all(len(seeds) == len(x) for x in known if x is not None)
     if not isinstance(T, Integral) or T < 1 or not fits:
         raise ValueError(f"generate needs at least one frame and one seed a sample; got {T} frames, {len(seeds)} seeds")
-    make = partial(_make, model, Windows(T, config, stride, window_batch), T, seeds, guidance, sampler, stochasticity)
-    parts = [(condition, given)]  # how, and for which side the other is made
-    if given is None and condition == "clean":  # a picture, sound and picture by turns, a sound
-        parts = [("blind", 1), *[("clean", 0), ("clean", 1)] * TURNS, ("clean", 0)]
-    times = [sampling_times(steps, side, way) for way, side in parts]
+    make = partial(_make, model, Windows(T, config, stride, window_batch), T, seeds, condition, guidance, sampler,
+                   stochasticity)
+    sides = [given]  # for which, one after the other, the other side is made; None: both
+    if given is None and condition == "clean":
+        sides += [1, 0] * TURNS
+    times = [sampling_times(steps, side, condition) for side in sides]
     total, done, made = sum(len(t) - 1 for t in times), 0, list(known)
-    for (way, side), t in zip(parts, times):
+    for side, t in zip(sides, times):
         given_now, made = [made[i] if i == side else x for i, x in enumerate(known)], None  # the other is made anew
         kept_now = [None if i == side else mask for i, mask in enumerate(keep)]
         tell = progress and (lambda step, _, before=done: progress(before + step, total))
-        made, done = make(given_now, kept_now, side, way, t, tell), done + len(t) - 1
+        made, done = make(given_now, kept_now, side, t, tell), done + len(t) - 1
     return tuple(made)
 
 
@@ -690,10 +691,8 @@ def _frames_that_fill(known, given, frames, config):
     return seen if given == 0 else max(seen, heard)
 
 
-def _make(model, windows, T, seeds, guidance, sampler, stochasticity, known, keep, given, condition, times, progress):
-    """Make the side that is not `given`, or both if it is None, down the noise levels `times` -> [video, audio].
-
-    condition "blind": the side `given` is nothing but noise to the model, and comes back as it was."""
+def _make(model, windows, T, seeds, condition, guidance, sampler, stochasticity, known, keep, given, times, progress):
+    """Make the side that is not `given`, or both if it is None, down the noise levels `times` -> [video, audio]."""
     config, device = model.config, next(model.parameters()).device
     H, W = [config.size // 8] * 2 if known[0] is None else known[0].shape[3:]
     L = known[1].shape[2] if given == 1 and known[1] is not None else mel_frames(T, config)
@@ -711,16 +710,16 @@ def _make(model, windows, T, seeds, guidance, sampler, stochasticity, known, kee
     if given is not None and condition == "clean" and not guidance:
         noise[given] = None  # drawn so that the generators go on alike, then never seen
     kept = [(side, known[side], mask.to(device)) for side, mask in enumerate(keep) if mask is not None]
-    shift = 1 if condition in ("clean", "blind") else config.shift  # only one side is noisy there
+    shift = 1 if condition == "clean" and given is not None else config.shift  # only one side is noisy there
     predict = _predictor(model, windows, None if given is None else known[given], given, condition, guidance, shift)
     x = integrate(lambda *a: put_back(predict(*a), kept), noise, given, times, sampler, stochasticity, draw, progress,
                   shift)
     if given is not None:
         x[given] = known[given]
-    if x[1] is not None and L > x[1].shape[2]:  # a last mel frame only begins within the video: the one before again
+    if L > x[1].shape[2]:  # a last mel frame only begins within the video: the one before again
         x[1] = F.pad(x[1], (0, L - x[1].shape[2]), mode="replicate")
     video, audio = put_back(x, kept)
-    return [video[:, :T], None if audio is None else audio[:, :, :L]]
+    return [video[:, :T], audio[:, :, :L]]
 
 
 def put_back(x, kept):
@@ -792,8 +791,10 @@ def sampling_times(steps=None, given=None, condition="clean"):
 
     Sound of a clean video: equal steps, 3 unless told otherwise. Else 1 - (i / steps)^2, dense at high noise, where
     what happens when is decided and where a training draws most of its times (`draw_times`: 1 - u^2): 6 for pictures
-    of a clean sound, or of none, 10 by "replace" and "guide", 25 for both at once."""
-    steps = steps or (25 if given is None else 10 if condition in ("replace", "guide") else (3, 6)[given])
+    of a clean sound, 10 by "replace" and "guide"; for both at once 25, or 10 where turns follow ("clean")."""
+    if steps is None:
+        clean, noised = {None: 10, 0: 3, 1: 6}, {None: 25, 0: 10, 1: 10}
+        steps = (clean if condition == "clean" else noised)[given]
     power = 1 if given == 0 and condition == "clean" else 2
     return [1 - (i / steps) ** power for i in range(steps + 1)]
 
@@ -829,22 +830,16 @@ def dpm_step(x_t, x_0, x_0_before, t, t_next, t_before):
 
 def _predictor(model, windows, known, given, condition, guidance, shift):
     """How the given side enters, as a function predict(x, t, noise) -> [video, audio] clean, for `integrate`. In its
-    place the model sees: "clean": itself, at t = 0; "blind": noise, at t = 1; "replace" and "guide": itself, noised to
-    t; none given: what has been made of it so far, at t."""
+    place the model sees: "clean": itself, at t = 0; "replace" and "guide": itself, noised to t; none given: what has
+    been made of it so far, at t."""
 
     def joint(x, t, noise):
         return windows.predictions(model, x, levels(t, shift))
 
-    def beside(x, t, other, level, **guide):
-        x, times = list(x), [t, t]
-        x[given], times[given] = other, level
-        return windows.predictions(model, x, times, given, **guide)
-
     def clean(x, t, noise):
-        return beside(x, t, known, 0.0, blind=noise[given], guidance=guidance if t > GUIDED else 0.0)
-
-    def blind(x, t, noise):
-        return beside(x, t, noise[given], 1.0)
+        x, times = list(x), [t, t]
+        x[given], times[given] = known, 0.0
+        return windows.predictions(model, x, times, given, noise[given], guidance if t > GUIDED else 0.0)
 
     def noised(x, t, noise):
         x, whole, times = list(x), windows.lengthen(known, given), levels(t, shift)
@@ -856,7 +851,7 @@ def _predictor(model, windows, known, given, condition, guidance, shift):
         pulled = x_0 - guidance * signal * gradient
         return [None, pulled] if given == 0 else [pulled, None]
 
-    return joint if given is None else {"clean": clean, "blind": blind}.get(condition, noised)
+    return joint if given is None else clean if condition == "clean" else noised
 
 
 def push_away(x_0, blind, guidance, time):

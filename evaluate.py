@@ -816,10 +816,16 @@ class Worlds:
         return [picture_events(video, self.fps, self.name) for video in videos]
 
     def heard(self, waves):
-        """What is heard in waves (N, S) -> Events of each: impacts in `bounce`, beats by librosa in `dance`."""
-        if self.name == "dance":
-            return [Events(rhythm(wave.numpy(), self.config.sample_rate)[0], "beats tell no dancer") for wave in waves]
-        return impacts(log_mel(waves, self.config).numpy(), self.config)
+        """What is heard in waves (N, S) -> Events of each: impacts in `bounce`; in `dance` beats, by librosa, or, to be
+        held against what is seen of the same clip, all onsets, of which only those on a beat can match."""
+        if self.name == "dance" and self.make == "sound":
+            times = [rhythm(wave.numpy(), self.config.sample_rate)[0] for wave in waves]
+        else:
+            heard = impacts(log_mel(waves, self.config).numpy(), self.config)
+            if self.name == "bounce":
+                return heard
+            times = [events.times for events in heard]
+        return [Events(found, "beats tell no dancer") for found in times]
 
     def timbre(self, waves):
         """Waves (N, S) -> their log mel's mean over time (N, M)."""
@@ -890,7 +896,7 @@ class Worlds:
 def worlds(args):
     """The command `worlds`: what is made of held-out clips of a world, against their true events."""
     check_seeds(args)
-    if args.world == "dance" and args.make != "picture":
+    if args.world == "dance" and args.make == "sound":
         if args.seconds < BEAT_SECONDS:
             raise ValueError(f"--seconds {args.seconds:g}: beats in sounds are tracked in {BEAT_SECONDS} s or more")
         extra("librosa")

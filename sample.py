@@ -549,10 +549,10 @@ def _arguments(argv):
         parser.add_argument(f"--make-{name}", type=float, nargs=2, metavar=("START", "END"), help="make only this "
                             f"stretch (in seconds; inf: to the end) of the {whose}, and keep the rest")
     parser.add_argument("--weights", default="worlds", help="name in weights/, or a folder (default: %(default)s)")
-    parser.add_argument("--steps", type=int, help="denoising steps (default: 3 for sounds, 6 for pictures, also of "
-                        "each turn where both are made; replace and guide: 10, for both 25)")
+    parser.add_argument("--steps", type=int, help="denoising steps (default: 3 for sounds, 6 for pictures; where "
+                        "both are made 10, then these at each turn; replace and guide: 10, for both 25)")
     parser.add_argument("--condition", default="clean", choices=CONDITIONS, help="how what is given enters; where "
-                        "nothing is, clean makes both by turns, the others at once")
+                        "nothing is, all make both at once, and clean goes on by turns")
     parser.add_argument("--guidance", type=number(), help="strength of the guidance (default: the condition's own)")
     parser.add_argument("--stochasticity", type=number(0, 1), default=0.0, help="share of the noise that is drawn "
                         "anew at every step; 0: DDIM (default: %(default)s)")
