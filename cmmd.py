@@ -703,7 +703,7 @@ def _make(model, windows, T, seeds, condition, guidance, sampler, stochasticity,
         x = torch.empty(len(seeds), *shapes[side])
         for one, generator in zip(x, generators):
             one.normal_(generator=generator)
-        return x.to(device)
+        return of_one_scene(x, windows.starts[side][0][1], 1 + side).to(device)
 
     noise = [draw(0), draw(1)]
     guidance = default_guidance(condition, given) if guidance is None else guidance
@@ -720,6 +720,15 @@ def _make(model, windows, T, seeds, condition, guidance, sampler, stochasticity,
         x[1] = F.pad(x[1], (0, L - x[1].shape[2]), mode="replicate")
     video, audio = put_back(x, kept)
     return [video[:, :T], audio[:, :, :L]]
+
+
+def of_one_scene(noise, n, time):
+    """White noise (B, ...) over several windows of n along the dimension `time` -> the same, its running mean over n
+    replaced by the mean of the first n. What stands still in a window (a wall, a timbre) follows that mean, so that a
+    long clip keeps its scene. The variance stays 1 (ours; FreeNoise, arXiv 2310.15169, shuffles noise to this end)."""
+    means = noise.unfold(time, n, 1).mean(-1)
+    nearest = (torch.arange(noise.shape[time]) - n // 2).clamp(0, means.shape[time] - 1)
+    return noise + (means.narrow(time, 0, 1) - means).index_select(time, nearest)
 
 
 def put_back(x, kept):

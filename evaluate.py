@@ -585,6 +585,21 @@ def pair_rows(measure, clips, rotations=20):
         yield line | {"counts": [sum_of(counted).tolist() if counted else None for counted in ours]}
 
 
+Scene = namedtuple("Scene", "still")  # of a window: its median frame, less the mean over clips, flat
+
+
+def scene_rows(videos, n):
+    """How alike what stands still is in the first and in the last n frames of videos (T, H, W, 3): the correlation of
+    the median frames. Chance: with the last frames of other clips. No row where they overlap, or for a clip alone."""
+    if len(videos) < 2 or len(videos[0]) < 2 * n:
+        return []
+    still = np.stack([[np.median(part, axis=0).ravel() for part in (video[:n], video[-n:])] for video in videos])
+    still -= still.mean(axis=(0, 1))
+    count = lambda a, b: curve_counts(a.still, b.still, constant="a blank picture")
+    clips = [([Scene(first)], Scene(last), None) for first, last in still]
+    return pair_rows(Measure({"same scene, first and last window": share}, ("still",) * 2, count), clips)
+
+
 def sum_of(counts):
     """Counts of N clips, added up."""
     return np.sum(counts, axis=0, dtype=float)
@@ -851,6 +866,7 @@ class Worlds:
             rows.append(row("Fréchet distance", frechet(fit(waves, self.embed), self.true_fit), n=len(waves)))
         if self.make != "sound" and len(videos):
             rows.append(row("Fréchet distance of frames", frechet(self.look(videos), self.true_look), n=len(videos)))
+            rows += scene_rows(videos, self.models.cmmd.config.frames)
         self.found[name] = [None if events is stranger else events.times.round(4).tolist() for events in found]
         return [{"name": name} | line for line in rows if line["value"] is not None]
 

@@ -705,6 +705,19 @@ def test_cmmd_both_sides_are_made_at_once_then_by_turns_each_for_the_other(full_
     assert len(seen) == 1 + 2 * cmmd.TURNS + 2 and all(x.isfinite().all() for x in joint)
 
 
+@pytest.mark.parametrize("time", [1, 2])
+def test_cmmd_noise_of_a_long_clip_has_one_mean_in_every_window(time):
+    """The closed form: window means of white noise spread by sqrt(2/n) about the first's, of these by 0.36 of that."""
+    n, white = 18, noise(300, 90, 90)
+    made = cmmd.of_one_scene(white, n, time)
+    means = made.unfold(time, n, 9).mean(-1)
+    apart = (means - means.narrow(time, 0, 1)).narrow(time, 1, 8).square().mean().sqrt() / math.sqrt(2 / n)
+    assert apart < 0.4 and abs(float(made.var()) - 1) < 0.01
+    assert abs(float((made.narrow(time, 1, 89) * made.narrow(time, 0, 89)).mean())) < 0.01  # neighbours stay independent
+    assert torch.equal(made.narrow(time, 0, n // 2), white.narrow(time, 0, n // 2))
+    assert torch.equal(cmmd.of_one_scene(white, 90, time), white)  # a single window
+
+
 def test_cmmd_same_seed_gives_the_same_sample_in_any_batch(full_precision):
     model, video = tiny_model(), noise(2, 5, 4, 4, 4)
     together = generate(model, video, steps=2, stochasticity=0.5, seeds=(3, 5))[1]
@@ -3805,6 +3818,19 @@ def test_evaluate_beat_rows_and_the_chance_of_two_regular_grids():
     assert rows["beat hit rate ±100 ms"]["paper"] == "0.45 / 0.44 / 0.41"
 
 
+def test_evaluate_scene_rows_tell_a_wall_that_stays_from_one_that_changes():
+    rng = np.random.default_rng(0)
+    walls = rng.integers(0, 256, (12, 2, 1, 8, 8, 3))
+    for change, wanted in ((0.0, 1.0), (0.5, 0.5**0.5), (1.0, 0.0)):
+        ends = walls[:, 0] * (1 - change) + walls[:, 1] * change if change < 1 else walls[:, 1]
+        videos = [np.concatenate([first.repeat(18, 0), last.repeat(18, 0)]) for first, last in zip(walls[:, 0], ends)]
+        for video in videos:
+            video[rng.integers(0, 36, 8)] = 0  # what passes by is not what stands still
+        (row,) = evaluate.scene_rows(videos, 18)
+        assert abs(row["value"] - wanted) < 0.15 and abs(row["chance"]) < 0.1 and row["n"] == 12
+    assert evaluate.scene_rows(videos[:1], 18) == evaluate.scene_rows(videos, 19) == []
+
+
 def test_evaluate_pair_rows_pool_average_and_say_what_was_skipped():
     a = heard(beats=np.array([1.0, 2.0]), bins=np.array([1, 2]), onsets=np.array([0.5]))
     b = heard(beats=np.array([1.05, 3.0, 3.5, 5.0]), bins=np.array([1, 3, 5]), onsets=np.array([0.5, 1.5]))
@@ -4764,6 +4790,23 @@ def seams(x, side):
     step, level = x.diff(dim=1).abs().mean(2), x[:, 1:].mean(2)
     return [float(step[:, border].mean() / step[:, ~border].mean()),
             float(level[:, border].mean() - level[:, ~border].mean())]
+
+
+@shipped
+@pytest.mark.slow
+@pytest.mark.parametrize("make", ["picture", "both"])
+def test_weights_keep_the_scene_of_a_long_clip(trained, make, monkeypatch):
+    """5.4 s, three windows. Of pictures from noise that is white all along, nothing is left but what windows share."""
+    waves = torch.from_numpy(np.stack([bounce(600_000 + i, 5.408).audio for i in range(6)]))
+    mel = trained.cmmd.normalise(log_mel(waves, trained.vocoder.config)) if make == "picture" else None
+
+    def kept():
+        made = generate(trained.cmmd, None, mel, 54, seeds=range(6))[0]
+        return list(evaluate.scene_rows(list(train.to_uint8(trained.vae.decode(made))), 18))[0]["value"]
+
+    steady = kept()
+    monkeypatch.setattr(cmmd, "of_one_scene", lambda noise, n, time: noise)
+    assert steady > 0.6 > 0.4 > kept()
 
 
 @shipped
