@@ -709,7 +709,8 @@ def _make(model, windows, T, seeds, condition, guidance, sampler, stochasticity,
     guidance = default_guidance(condition, given) if guidance is None else guidance
     if given is not None and condition == "clean" and not guidance:
         noise[given] = None  # drawn so that the generators go on alike, then never seen
-    kept = [(side, known[side], mask.to(device)) for side, mask in enumerate(keep) if mask is not None]
+    kept = [(side, known[side], mask.to(device), windows.starts[side][0][1]) for side, mask in enumerate(keep)
+            if mask is not None]
     shift = 1 if condition == "clean" and given is not None else config.shift  # only one side is noisy there
     predict = _predictor(model, windows, None if given is None else known[given], given, condition, guidance, shift)
     x = integrate(lambda *a: put_back(predict(*a), kept), noise, given, times, sampler, stochasticity, draw, progress,
@@ -726,21 +727,36 @@ def of_one_scene(noise, n, time):
     """White noise (B, ...) over several windows of n along the dimension `time` -> the same, its running mean over n
     replaced by the mean of the first n. What stands still in a window (a wall, a timbre) follows that mean, so that a
     long clip keeps its scene. The variance stays 1 (ours; FreeNoise, arXiv 2310.15169, shuffles noise to this end)."""
-    means = noise.unfold(time, n, 1).mean(-1)
-    nearest = (torch.arange(noise.shape[time]) - n // 2).clamp(0, means.shape[time] - 1)
-    return noise + (means.narrow(time, 0, 1) - means).index_select(time, nearest)
+    places = torch.arange(noise.shape[time])
+    running = running_mean(noise, places, n, time, places)
+    return noise + (running.narrow(time, 0, 1) - running)
+
+
+def running_mean(x, places, n, time, at):
+    """x (..., K, ...) stands at `places` (K,), ascending, along `time` -> its means over the n of them (or all, where
+    there are fewer) that are nearest to each of the places `at`."""
+    n = min(n, len(places))
+    starts = torch.searchsorted(places[:-n] + places[n:], 2 * at)  # the next n are nearer from halfway to the next one
+    return x.unfold(time, n, 1).mean(-1).index_select(time, starts)
 
 
 def put_back(x, kept):
-    """Overwrite x = [video, audio] with what is kept of a side, [(side, values, mask (1 or B, n))]; the rest stays.
+    """Overwrite x = [video, audio] with what is kept of a side, [(side, values, mask (1 or B, n), window)]; the rest
+    of that side is corrected by what the `window` kept frames that are nearest show to be wrong there, on average.
 
     Called on every prediction x_0. Where that is the truth, a step computes the noise that x_t holds and mixes it with
-    the truth again at the next level: the kept stretch is diffuse(truth, its own first noise, t), as in Eq. 5."""
-    for side, values, mask in kept:
-        n = min(mask.shape[-1], x[side].shape[1 + side])
-        mask = mask[..., :n].reshape(-1, *((n, 1, 1, 1) if side == 0 else (1, n)))
-        into = x[side].narrow(1 + side, 0, n)
-        into.copy_(torch.where(mask, values.narrow(1 + side, 0, n), into))
+    the truth again at the next level: the kept stretch is diffuse(truth, its own first noise, t), as in Eq. 5. That
+    alone tells the rest too little, since it is decided at high noise: the correction (ours), which ends as x_t comes
+    to show what is kept, lets what stands still (a wall, a timbre) go on."""
+    for side, values, mask, window in kept:
+        mask = mask[..., : x[side].shape[1 + side]]
+        for one, known, own in zip(x[side], values, mask.expand(len(x[side]), -1)):
+            places = own.nonzero()[:, 0]
+            if len(places):
+                known = known.index_select(side, places)
+                error = known - one.index_select(side, places)
+                one += running_mean(error, places, window, side, torch.arange(one.shape[side], device=places.device))
+                one.index_copy_(side, places, known)
     return x
 
 

@@ -718,6 +718,25 @@ def test_cmmd_noise_of_a_long_clip_has_one_mean_in_every_window(time):
     assert torch.equal(cmmd.of_one_scene(white, 90, time), white)  # a single window
 
 
+def test_cmmd_what_is_kept_corrects_what_stands_still_near_it():
+    """Two scenes, of 40 frames each, predicted with a wrong wall each; kept is a third of each, of one sample all."""
+    wall, wrong, hit = noise(2, 2, 4, 4, 4).repeat_interleave(40, 1), noise(2, 2, 4, 4, 4, seed=1), noise(2, 80, 4, 4, 4)
+    mask = torch.arange(80) % 40 < 13
+    mask = torch.stack([mask, torch.ones(80, dtype=torch.bool)])
+    truth = wall + 0.1 * hit
+    x = [wall + wrong.repeat_interleave(40, 1), noise(2, 80, 500)]
+    made, sound = cmmd.put_back([part.clone() for part in x], [(0, truth, mask, 13)])
+    assert torch.equal(made[1], truth[1]) and torch.equal(made[0, mask[0]], truth[0, mask[0]])
+    assert torch.equal(sound, x[1])
+    torch.testing.assert_close(made[0, 13:20], (wall[0] + 0.1 * hit[0, :13].mean(0))[13:20])  # the first wall's
+    torch.testing.assert_close(made[0, 60:], (wall[0] + 0.1 * hit[0, 40:53].mean(0))[60:])  # the second's
+    tone, level = noise(1, 80, 1).expand(1, 80, 50).clone(), torch.arange(50) < 20
+    made = cmmd.put_back([x[0], tone + noise(1, 80, 1, seed=1)], [(1, tone, level, 112)])[1]
+    torch.testing.assert_close(made, tone)
+    none = cmmd.put_back([x[0].clone(), tone], [(0, truth * torch.nan, torch.zeros(80, dtype=torch.bool), 13)])[0]
+    assert torch.equal(none, x[0])
+
+
 def test_cmmd_same_seed_gives_the_same_sample_in_any_batch(full_precision):
     model, video = tiny_model(), noise(2, 5, 4, 4, 4)
     together = generate(model, video, steps=2, stochasticity=0.5, seeds=(3, 5))[1]
@@ -4807,6 +4826,25 @@ def test_weights_keep_the_scene_of_a_long_clip(trained, make, monkeypatch):
     steady = kept()
     monkeypatch.setattr(cmmd, "of_one_scene", lambda noise, n, time: noise)
     assert steady > 0.6 > 0.4 > kept()
+
+
+@shipped
+@pytest.mark.slow
+def test_weights_go_on_in_the_scene_that_is_kept(trained, monkeypatch):
+    """A picture of 1.8 s goes on for 3.6 s: without the correction only the kept stretch is of its scene."""
+    clips = [bounce(600_000 + i, 5.408) for i in range(6)]
+    video = trained.vae.encode(train.to_frames(np.stack([clip.video[:18] for clip in clips])))
+    mel = trained.cmmd.normalise(log_mel(torch.from_numpy(np.stack([clip.audio for clip in clips])),
+                                         trained.vocoder.config))
+
+    def scenes():
+        keep = torch.ones(18, dtype=torch.bool), None
+        made = generate(trained.cmmd, video, mel, 54, keep=keep, seeds=range(6))[0]
+        return list(evaluate.scene_rows(list(train.to_uint8(trained.vae.decode(made))), 18))[0]["value"]
+
+    corrected = scenes()
+    monkeypatch.setattr(cmmd, "running_mean", lambda x, *_: x.new_zeros(1))
+    assert corrected > 0.85 > 0.4 > scenes()
 
 
 @shipped
