@@ -646,7 +646,8 @@ def generate(model: CMMD, video: torch.Tensor | None = None, audio: torch.Tensor
     video: latents (B, T, C, H, W) and audio: mel (B, M, L), as VAE.encode and CMMD.normalise give them. frames: T where
     no whole video is given; by default as many as what is given fills.
     keep: (keep_video, keep_audio), for a side that is given in part: boolean masks (T,) or (B, T), (L,) or (B, L).
-    Where True its values are held exactly, elsewhere and beyond its end they are made: continuation and inpainting.
+    Where True its values are held exactly, elsewhere and beyond its end they are made, in the same scene (`put_back`):
+    continuation and inpainting.
     condition, how the given side enters: "clean" at its own t = 0 (ours), with guidance w (default: 2 for pictures, 0
     for sounds) of what moves away from the prediction that does not see it, at t > 0.5; "replace" noised to the
     current level (Eq. 5), where guidance does nothing; "guide" also pulled down the gradient of its own reconstruction
@@ -658,7 +659,8 @@ def generate(model: CMMD, video: torch.Tensor | None = None, audio: torch.Tensor
     sampler: "ddim" with `stochasticity` s in [0, 1] (0 DDIM, 1 fresh noise at every step) or "dpm", DPM-Solver++(2M).
     seeds: one a sample; the same seed gives the same noise on any device and in any batch. Clips longer than a training
     window are cut into windows every `stride` frames, `window_batch` at a time, whose predictions are blended at every
-    step. progress(done, steps) is called after each step. ValueError for arguments that do not fit together."""
+    step, and whose noise is `of_one_scene`. progress(done, steps) is called after each step. ValueError for arguments
+    that do not fit together."""
     check_sampling(steps, condition, guidance, stochasticity, sampler)
     config, given, device = model.config, _given_whole((video, audio), keep), next(model.parameters()).device
     known = [x if x is None else x.to(device).float() for x in (video, audio)]
@@ -724,12 +726,15 @@ def _make(model, windows, T, seeds, condition, guidance, sampler, stochasticity,
 
 
 def of_one_scene(noise, n, time):
-    """White noise (B, ...) over several windows of n along the dimension `time` -> the same, its running mean over n
-    replaced by the mean of the first n. What stands still in a window (a wall, a timbre) follows that mean, so that a
+    """White noise (B, ...) over several windows of n along the dimension `time`: replace, in place, its running mean
+    over n by the mean of the first n. What stands still in a window (a wall, a timbre) follows that mean, so that a
     long clip keeps its scene. The variance stays 1 (ours; FreeNoise, arXiv 2310.15169, shuffles noise to this end)."""
     places = torch.arange(noise.shape[time])
-    running = running_mean(noise, places, n, time, places)
-    return noise + (running.narrow(time, 0, 1) - running)
+    for sample in noise.movedim(time, -1):
+        for part in sample:  # a channel or bin after the other, so that it takes no memory that grows with the clip
+            running = running_mean(part, places, n, -1, places)
+            part += running[..., :1] - running
+    return noise
 
 
 def running_mean(x, places, n, time, at):

@@ -709,13 +709,13 @@ def test_cmmd_both_sides_are_made_at_once_then_by_turns_each_for_the_other(full_
 def test_cmmd_noise_of_a_long_clip_has_one_mean_in_every_window(time):
     """The closed form: window means of white noise spread by sqrt(2/n) about the first's, of these by 0.36 of that."""
     n, white = 18, noise(300, 90, 90)
-    made = cmmd.of_one_scene(white, n, time)
+    made = cmmd.of_one_scene(white.clone(), n, time)
     means = made.unfold(time, n, 9).mean(-1)
     apart = (means - means.narrow(time, 0, 1)).narrow(time, 1, 8).square().mean().sqrt() / math.sqrt(2 / n)
     assert apart < 0.4 and abs(float(made.var()) - 1) < 0.01
     assert abs(float((made.narrow(time, 1, 89) * made.narrow(time, 0, 89)).mean())) < 0.01  # neighbours stay independent
     assert torch.equal(made.narrow(time, 0, n // 2), white.narrow(time, 0, n // 2))
-    assert torch.equal(cmmd.of_one_scene(white, 90, time), white)  # a single window
+    assert torch.equal(cmmd.of_one_scene(white.clone(), 90, time), white)  # a single window
 
 
 def test_cmmd_what_is_kept_corrects_what_stands_still_near_it():
@@ -4770,7 +4770,7 @@ def test_weights_worlds_score_the_truth_as_the_chain_ceiling(trained, tmp_path, 
 @pytest.mark.parametrize("side, least", [("envelope", 0.45), ("movement", 0.15)])
 def test_weights_follow_held_out_faces_and_their_speech(tmp_path, side, least):
     """Residual correlations of 12 clips, of the made sound's envelope and the made mouth's movement; over all 75 they
-    are 0.67 and 0.34 (README), chance 0."""
+    are 0.67 and 0.32 (README), chance 0."""
     models, (made, true) = load_models("grid"), (tmp_path / name for name in ("made", "true"))
     assert models.cmmd.config.fps == 25 and sum(x.numel() for x in models.cmmd.parameters()) < 6e6
     made.mkdir(), true.mkdir()
@@ -4842,8 +4842,8 @@ def test_weights_go_on_in_the_scene_that_is_kept(trained, monkeypatch):
         made = generate(trained.cmmd, video, mel, 54, keep=keep, seeds=range(6))[0]
         return list(evaluate.scene_rows(list(train.to_uint8(trained.vae.decode(made))), 18))[0]["value"]
 
-    corrected = scenes()
-    monkeypatch.setattr(cmmd, "running_mean", lambda x, *_: x.new_zeros(1))
+    corrected, mean = scenes(), cmmd.running_mean
+    monkeypatch.setattr(cmmd, "running_mean", lambda *x: mean(*x) if x[3] == -1 else torch.zeros(1))  # noise as it was
     assert corrected > 0.85 > 0.4 > scenes()
 
 
