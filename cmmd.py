@@ -668,8 +668,10 @@ def generate(model: CMMD, video: torch.Tensor | None = None, audio: torch.Tensor
     fits = len(seeds) and all(len(seeds) == len(x) for x in known if x is not None)
     if not isinstance(T, Integral) or T < 1 or not fits:
         raise ValueError(f"generate needs at least one frame and one seed a sample; got {T} frames, {len(seeds)} seeds")
-    make = partial(_make, model, Windows(T, config, stride, window_batch), T, seeds, condition, guidance, sampler,
-                   stochasticity)
+    windows = Windows(T, config, stride, window_batch)
+    make = partial(_make, model, windows, T, seeds, condition, guidance, sampler, stochasticity)
+    reach = [windows.starts[0][0][1], 0 if given == 0 else windows.starts[1][0][1]]  # a whole picture tells the sound
+    keep = [mask if mask is None else (mask.to(device), n) for mask, n in zip(keep, reach)]
     sides = [given]  # for which, one after the other, the other side is made; None: both
     if given is None and condition == "clean":
         sides += [1, 0] * TURNS
@@ -677,7 +679,7 @@ def generate(model: CMMD, video: torch.Tensor | None = None, audio: torch.Tensor
     total, done, made = sum(len(t) - 1 for t in times), 0, list(known)
     for side, t in zip(sides, times):
         given_now, made = [made[i] if i == side else x for i, x in enumerate(known)], None  # the other is made anew
-        kept_now = [None if i == side else mask for i, mask in enumerate(keep)]
+        kept_now = [None if i == side else part for i, part in enumerate(keep)]
         tell = progress and (lambda step, _, before=done: progress(before + step, total))
         made, done = make(given_now, kept_now, side, t, tell), done + len(t) - 1
     return tuple(made)
@@ -711,8 +713,7 @@ def _make(model, windows, T, seeds, condition, guidance, sampler, stochasticity,
     guidance = default_guidance(condition, given) if guidance is None else guidance
     if given is not None and condition == "clean" and not guidance:
         noise[given] = None  # drawn so that the generators go on alike, then never seen
-    kept = [(side, known[side], mask.to(device), windows.starts[side][0][1]) for side, mask in enumerate(keep)
-            if mask is not None]
+    kept = [(side, known[side], *part) for side, part in enumerate(keep) if part is not None]
     shift = 1 if condition == "clean" and given is not None else config.shift  # only one side is noisy there
     predict = _predictor(model, windows, None if given is None else known[given], given, condition, guidance, shift)
     x = integrate(lambda *a: put_back(predict(*a), kept), noise, given, times, sampler, stochasticity, draw, progress,
@@ -746,21 +747,23 @@ def running_mean(x, places, n, time, at):
 
 
 def put_back(x, kept):
-    """Overwrite x = [video, audio] with what is kept of a side, [(side, values, mask (1 or B, n), window)]; the rest
-    of that side is corrected by what the `window` kept frames that are nearest show to be wrong there, on average.
+    """Overwrite x = [video, audio] with what is kept of a side, [(side, values, mask (1 or B, n), reach)]; the rest
+    of that side is corrected by what the `reach` kept frames that are nearest, if any, show to be wrong on average.
 
     Called on every prediction x_0. Where that is the truth, a step computes the noise that x_t holds and mixes it with
     the truth again at the next level: the kept stretch is diffuse(truth, its own first noise, t), as in Eq. 5. That
     alone tells the rest too little, since it is decided at high noise: the correction (ours), which ends as x_t comes
-    to show what is kept, lets what stands still (a wall, a timbre) go on."""
-    for side, values, mask, window in kept:
+    to show what is kept, lets what stands still (a wall, a timbre) go on. Not so a sound whose picture is given whole:
+    the picture tells what is heard, and silence that is kept would go on."""
+    for side, values, mask, reach in kept:
         mask = mask[..., : x[side].shape[1 + side]]
         for one, known, own in zip(x[side], values, mask.expand(len(x[side]), -1)):
             places = own.nonzero()[:, 0]
             if len(places):
                 known = known.index_select(side, places)
-                error = known - one.index_select(side, places)
-                one += running_mean(error, places, window, side, torch.arange(one.shape[side], device=places.device))
+                if reach:
+                    error, at = known - one.index_select(side, places), torch.arange(one.shape[side], device=one.device)
+                    one += running_mean(error, places, reach, side, at)
                 one.index_copy_(side, places, known)
     return x
 
