@@ -670,7 +670,7 @@ def generate(model: CMMD, video: torch.Tensor | None = None, audio: torch.Tensor
         raise ValueError(f"generate needs at least one frame and one seed a sample; got {T} frames, {len(seeds)} seeds")
     windows = Windows(T, config, stride, window_batch)
     make = partial(_make, model, windows, T, seeds, condition, guidance, sampler, stochasticity)
-    reach = [windows.starts[0][0][1], 0 if given == 0 else windows.starts[1][0][1]]  # a whole picture tells the sound
+    reach = windows.sizes[0], 0 if given == 0 else windows.sizes[1]  # a whole picture tells the sound
     keep = [mask if mask is None else (mask.to(device), n) for mask, n in zip(keep, reach)]
     sides = [given]  # for which, one after the other, the other side is made; None: both
     if given is None and condition == "clean":
@@ -707,7 +707,7 @@ def _make(model, windows, T, seeds, condition, guidance, sampler, stochasticity,
         x = torch.empty(len(seeds), *shapes[side])
         for one, generator in zip(x, generators):
             one.normal_(generator=generator)
-        return of_one_scene(x, windows.starts[side][0][1], 1 + side).to(device)
+        return of_one_scene(x, windows.sizes[side], 1 + side).to(device)
 
     noise = [draw(0), draw(1)]
     guidance = default_guidance(condition, given) if guidance is None else guidance
@@ -922,12 +922,12 @@ class Windows:
         self.L, self.batch, last = whole_mel_frames(self.T, config), batch, self.T - size
         starts, n = [*range(0, last, stride), last], whole_mel_frames(size, config)
         mel_starts = [min(round(s * per_frame), self.L - n) for s in starts[:-1]] + [self.L - n]
-        self.starts = [[(s, size) for s in starts], [(s, n) for s in mel_starts]]
+        self.sizes, self.starts = (size, n), [[(s, size) for s in starts], [(s, n) for s in mel_starts]]
         self.weights = [self._blend_weights(side) for side in (0, 1)]
 
     def _blend_weights(self, side):
         """Per window, the share (n,) it has in the blend at each of its positions; shares sum to 1 everywhere."""
-        n = self.starts[side][0][1]
+        n = self.sizes[side]
         ramp = torch.arange(n) + 0.5
         ramp = torch.minimum(ramp, n - ramp)
         total = torch.zeros((self.T, self.L)[side])

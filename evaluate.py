@@ -833,13 +833,13 @@ class Worlds:
     def heard(self, waves):
         """What is heard in waves (N, S) -> Events of each: impacts in `bounce`; in `dance` beats, by librosa, or, to be
         held against what is seen of the same clip, all onsets, of which only those on a beat can match."""
-        if self.name == "dance" and self.make == "sound":
+        if self.name == "bounce":
+            return impacts(log_mel(waves, self.config).numpy(), self.config)
+        if self.make == "sound":
             times = [rhythm(wave.numpy(), self.config.sample_rate)[0] for wave in waves]
         else:
-            heard = impacts(log_mel(waves, self.config).numpy(), self.config)
-            if self.name == "bounce":
-                return heard
-            times = [events.times for events in heard]
+            hop = self.config.hop / self.config.sample_rate
+            times = [onsets(mel, hop) for mel in log_mel(waves, self.config).numpy()]
         return [Events(found, "beats tell no dancer") for found in times]
 
     def timbre(self, waves):

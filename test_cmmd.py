@@ -714,14 +714,15 @@ def test_cmmd_noise_of_a_long_clip_has_one_mean_in_every_window(time):
     means = made.unfold(time, n, 9).mean(-1)
     apart = (means - means.narrow(time, 0, 1)).narrow(time, 1, 8).square().mean().sqrt() / math.sqrt(2 / n)
     assert apart < 0.4 and abs(float(made.var()) - 1) < 0.01
-    assert abs(float((made.narrow(time, 1, 89) * made.narrow(time, 0, 89)).mean())) < 0.01  # neighbours stay independent
+    assert abs(float((made.narrow(time, 1, 89) * made.narrow(time, 0, 89)).mean())) < 0.01  # neighbours: independent
     assert torch.equal(made.narrow(time, 0, n // 2), white.narrow(time, 0, n // 2))
     assert torch.equal(cmmd.of_one_scene(white.clone(), 90, time), white)  # a single window
 
 
 def test_cmmd_what_is_kept_corrects_what_stands_still_near_it():
     """Two scenes, of 40 frames each, predicted with a wrong wall each; kept is a third of each, of one sample all."""
-    wall, wrong, hit = noise(2, 2, 4, 4, 4).repeat_interleave(40, 1), noise(2, 2, 4, 4, 4, seed=1), noise(2, 80, 4, 4, 4)
+    wall, wrong = noise(2, 2, 4, 4, 4).repeat_interleave(40, 1), noise(2, 2, 4, 4, 4, seed=1)
+    hit = noise(2, 80, 4, 4, 4)
     mask = torch.arange(80) % 40 < 13
     mask = torch.stack([mask, torch.ones(80, dtype=torch.bool)])
     truth = wall + 0.1 * hit
