@@ -4602,9 +4602,9 @@ def test_packaging_only_the_package_lands(installed):
     assert "imageio-ffmpeg>=0.8" in needs  # 0.5.1 brings ffmpeg 4.2, without -fps_mode; 0.7 a 7.0.2 that crashes on .ts
 
 
-def readme_commands():
-    """Every `python FILE.py ...` of the README, but for those with an ellipsis -> [[FILE.py, word, ...]]."""
-    parts, found = re.split(r"^```(.*)$", (REPO / "README.md").read_text(), flags=re.MULTILINE), []
+def readme_commands(file):
+    """Every `python FILE.py ...` of a README, but for those with an ellipsis -> [[FILE.py, word, ...]]."""
+    parts, found = re.split(r"^```(.*)$", (REPO / file).read_text(), flags=re.MULTILINE), []
     text, blocks = "".join(parts[::4]), [block for kind, block in zip(parts[1::4], parts[2::4]) if not kind]
     for block in blocks:
         names = {name: value for name, _, value in re.findall(r"""^(\w+)=(["'])(.*)\2$""", block, re.MULTILINE)}
@@ -4613,11 +4613,11 @@ def readme_commands():
         found += [re.sub(r"\$(\w+)", lambda m: names[m[1]], line) for line in lines]
     found += re.findall(r"`([^`]*\bpython \w+\.py [^`]*)`", text.replace("\n", " "))
     calls = [re.search(r"\bpython (\w+\.py.*)", part) for line in found for part in line.split("&&")]
-    words = [shlex.split(call[1], comments=True) for call in calls if call]
-    return [w for w in words if "…" not in "".join(w) and "--help" not in w and "convert" not in w]
+    words = [shlex.split(call[1], comments=True) for call in calls if call and "…" not in call[1]]
+    return [w for w in words if "--help" not in w and "convert" not in w]
 
 
-@pytest.mark.parametrize("words", readme_commands(), ids=" ".join)
+@pytest.mark.parametrize("words", readme_commands("README.md") + readme_commands("weights/README.md"), ids=" ".join)
 def test_packaging_readme_commands_have_these_arguments(words):
     program, *words = words
     if program == "evaluate.py" and words and words[0] not in evaluate.COMMANDS:
