@@ -24,7 +24,6 @@ import time
 import zipfile
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
-from functools import partial
 from itertools import repeat
 from numbers import Integral
 from pathlib import Path
@@ -669,7 +668,7 @@ def generate(model: CMMD, video: torch.Tensor | None = None, audio: torch.Tensor
     if not isinstance(T, Integral) or T < 1 or not fits:
         raise ValueError(f"generate needs at least one frame and one seed a sample; got {T} frames, {len(seeds)} seeds")
     windows = Windows(T, config, stride, window_batch)
-    make = partial(_make, model, windows, T, seeds, condition, guidance, sampler, stochasticity)
+    settings = _Settings(seeds, condition, guidance, sampler, stochasticity)
     reach = windows.sizes[0], 0 if given == 0 else windows.sizes[1]  # a whole picture tells the sound
     keep = [mask if mask is None else (mask.to(device), n) for mask, n in zip(keep, reach)]
     sides = [given]  # for which, one after the other, the other side is made; None: both
@@ -681,7 +680,8 @@ def generate(model: CMMD, video: torch.Tensor | None = None, audio: torch.Tensor
         given_now, made = [made[i] if i == side else x for i, x in enumerate(known)], None  # the other is made anew
         kept_now = [None if i == side else part for i, part in enumerate(keep)]
         tell = progress and (lambda step, _, before=done: progress(before + step, total))
-        made, done = make(given_now, kept_now, side, t, tell), done + len(t) - 1
+        made = _make(model, windows, settings, given_now, kept_now, side, t, tell)
+        done += len(t) - 1
     return tuple(made)
 
 
@@ -695,35 +695,46 @@ def _frames_that_fill(known, given, frames, config):
     return seen if given == 0 else max(seen, heard)
 
 
-def _make(model, windows, T, seeds, condition, guidance, sampler, stochasticity, known, keep, given, times, progress):
+class _Settings(NamedTuple):
+    """Those arguments of `generate` that all of its turns share."""
+
+    seeds: tuple
+    condition: str
+    guidance: float | None
+    sampler: str
+    stochasticity: float
+
+
+def _make(model, windows, settings, known, keep, given, times, progress):
     """Make the side that is not `given`, or both if it is None, down the noise levels `times` -> [video, audio]."""
-    config, device = model.config, next(model.parameters()).device
+    config, device, clean = model.config, next(model.parameters()).device, settings.condition == "clean"
     H, W = [config.size // 8] * 2 if known[0] is None else known[0].shape[3:]
-    L = known[1].shape[2] if given == 1 and known[1] is not None else mel_frames(T, config)
+    L = known[1].shape[2] if given == 1 and known[1] is not None else mel_frames(windows.frames, config)
     shapes = (windows.T, config.latent_channels, H, W), (config.mel_bins, windows.L)
-    generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+    generators = [torch.Generator().manual_seed(int(seed)) for seed in settings.seeds]
 
     def draw(side):
-        x = torch.empty(len(seeds), *shapes[side])
+        x = torch.empty(len(generators), *shapes[side])
         for one, generator in zip(x, generators):
             one.normal_(generator=generator)
         return of_one_scene(x, windows.sizes[side], 1 + side).to(device)
 
-    noise = [draw(0), draw(1)]
-    guidance = default_guidance(condition, given) if guidance is None else guidance
-    if given is not None and condition == "clean" and not guidance:
+    noise, guidance = [draw(0), draw(1)], settings.guidance
+    guidance = default_guidance(settings.condition, given) if guidance is None else guidance
+    if given is not None and clean and not guidance:
         noise[given] = None  # drawn so that the generators go on alike, then never seen
     kept = [(side, known[side], *part) for side, part in enumerate(keep) if part is not None]
-    shift = 1 if condition == "clean" and given is not None else config.shift  # only one side is noisy there
-    predict = _predictor(model, windows, None if given is None else known[given], given, condition, guidance, shift)
-    x = integrate(lambda *a: put_back(predict(*a), kept), noise, given, times, sampler, stochasticity, draw, progress,
-                  shift)
+    shift = 1 if clean and given is not None else config.shift  # only one side is noisy there
+    whole = None if given is None else known[given]
+    predict = _predictor(model, windows, whole, given, settings.condition, guidance, shift)
+    x = integrate(lambda *a: put_back(predict(*a), kept), noise, given, times, settings.sampler,
+                  settings.stochasticity, draw, progress, shift)
     if given is not None:
-        x[given] = known[given]
+        x[given] = whole
     if L > x[1].shape[2]:  # a last mel frame only begins within the video: the one before again
         x[1] = F.pad(x[1], (0, L - x[1].shape[2]), mode="replicate")
     video, audio = put_back(x, kept)
-    return [video[:, :T], audio[:, :, :L]]
+    return [video[:, : windows.frames], audio[:, :, :L]]
 
 
 def of_one_scene(noise, n, time):
@@ -918,7 +929,7 @@ class Windows:
         if grid is None:  # mel starts are rounded: windows that only touch would leave gaps
             grid, stride = 1, min(stride, size - 1)
         stride = max(grid, min(stride, size) // grid * grid)
-        self.T = size + -(-(T - size) // grid) * grid
+        self.frames, self.T = T, size + -(-(T - size) // grid) * grid  # that are wanted, and of the canvas
         self.L, self.batch, last = whole_mel_frames(self.T, config), batch, self.T - size
         starts, n = [*range(0, last, stride), last], whole_mel_frames(size, config)
         mel_starts = [min(round(s * per_frame), self.L - n) for s in starts[:-1]] + [self.L - n]
