@@ -24,8 +24,8 @@ import time
 import zipfile
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
-from itertools import repeat
-from numbers import Integral
+from itertools import count, repeat
+from numbers import Integral, Real
 from pathlib import Path
 from typing import NamedTuple
 
@@ -653,7 +653,7 @@ def generate(model: CMMD, video: torch.Tensor | None = None, audio: torch.Tensor
     (Eq. 3) with lambda = guidance (default 1). Where no side is given whole, "replace" and "guide" make both at
     once, as the paper does; "clean" begins so, then makes picture and sound anew by turns, each for the other, from the
     same noise (ours). What is kept of a side stands, as in Eq. 5, at the noise level of what is made.
-    steps: by default 3 for sounds and 6 for pictures, of each turn too, 10 for both before them; 10 by "replace" and
+    steps: by default 3 for sounds and 8 for pictures, of each turn too, 10 for both before them; 10 by "replace" and
     "guide", 25 for both: see `sampling_times`.
     sampler: "ddim" with `stochasticity` s in [0, 1] (0 DDIM, 1 fresh noise at every step) or "dpm", DPM-Solver++(2M).
     seeds: one a sample; the same seed gives the same noise on any device and in any batch. Clips longer than a training
@@ -661,27 +661,28 @@ def generate(model: CMMD, video: torch.Tensor | None = None, audio: torch.Tensor
     step, and whose noise is `of_one_scene`. progress(done, steps) is called after each step. ValueError for arguments
     that do not fit together."""
     check_sampling(steps, condition, guidance, stochasticity, sampler)
-    config, given, device = model.config, _given_whole((video, audio), keep), next(model.parameters()).device
+    config, device = model.config, next(model.parameters()).device
+    given = _given_whole((video, audio), keep, config)
     known = [x if x is None else x.to(device).float() for x in (video, audio)]
     T = _frames_that_fill(known, given, frames, config)
     fits = len(seeds) and all(len(seeds) == len(x) for x in known if x is not None)
-    if not isinstance(T, Integral) or T < 1 or not fits:
-        raise ValueError(f"generate needs at least one frame and one seed a sample; got {T} frames, {len(seeds)} seeds")
+    if not isinstance(T, Integral) or min(T, stride, window_batch) < 1 or not fits:
+        raise ValueError("generate needs at least one frame, a stride and a window_batch of at least 1 and one seed a "
+                         f"sample; got {T} frames, {stride}, {window_batch} and {len(seeds)} seeds")
     windows = Windows(T, config, stride, window_batch)
     settings = _Settings(seeds, condition, guidance, sampler, stochasticity)
     reach = windows.sizes[0], 0 if given == 0 else windows.sizes[1]  # a whole picture tells the sound
-    keep = [mask if mask is None else (mask.to(device), n) for mask, n in zip(keep, reach)]
+    kept = [(i, known[i], keep[i].to(device), reach[i]) for i in (0, 1) if keep[i] is not None]
     sides = [given]  # for which, one after the other, the other side is made; None: both
     if given is None and condition == "clean":
         sides += [1, 0] * TURNS
     times = [sampling_times(steps, side, condition) for side in sides]
-    total, done, made = sum(len(t) - 1 for t in times), 0, list(known)
+    total, done, made = sum(len(t) - 1 for t in times), count(1), list(known)
+    tell = progress and (lambda *_: progress(next(done), total))
     for side, t in zip(sides, times):
         given_now, made = [made[i] if i == side else x for i, x in enumerate(known)], None  # the other is made anew
-        kept_now = [None if i == side else part for i, part in enumerate(keep)]
-        tell = progress and (lambda step, _, before=done: progress(before + step, total))
+        kept_now = [part for part in kept if part[0] != side]
         made = _make(model, windows, settings, given_now, kept_now, side, t, tell)
-        done += len(t) - 1
     return tuple(made)
 
 
@@ -705,7 +706,7 @@ class _Settings(NamedTuple):
     stochasticity: float
 
 
-def _make(model, windows, settings, known, keep, given, times, progress):
+def _make(model, windows, settings, known, kept, given, times, progress):
     """Make the side that is not `given`, or both if it is None, down the noise levels `times` -> [video, audio]."""
     config, device, clean = model.config, next(model.parameters()).device, settings.condition == "clean"
     H, W = [config.size // 8] * 2 if known[0] is None else known[0].shape[3:]
@@ -723,7 +724,6 @@ def _make(model, windows, settings, known, keep, given, times, progress):
     guidance = default_guidance(settings.condition, given) if guidance is None else guidance
     if given is not None and clean and not guidance:
         noise[given] = None  # drawn so that the generators go on alike, then never seen
-    kept = [(side, known[side], *part) for side, part in enumerate(keep) if part is not None]
     shift = 1 if clean and given is not None else config.shift  # only one side is noisy there
     whole = None if given is None else known[given]
     predict = _predictor(model, windows, whole, given, settings.condition, guidance, shift)
@@ -733,17 +733,18 @@ def _make(model, windows, settings, known, keep, given, times, progress):
         x[given] = whole
     if L > x[1].shape[2]:  # a last mel frame only begins within the video: the one before again
         x[1] = F.pad(x[1], (0, L - x[1].shape[2]), mode="replicate")
-    video, audio = put_back(x, kept)
+    video, audio = put_back(x, [(*part[:3], 0) for part in kept])  # no correction: no step follows
     return [video[:, : windows.frames], audio[:, :, :L]]
 
 
 def of_one_scene(noise, n, time):
     """White noise (B, ...) over several windows of n along the dimension `time`: replace, in place, its running mean
     over n by the mean of the first n. What stands still in a window (a wall, a timbre) follows that mean, so that a
-    long clip keeps its scene. The variance stays 1 (ours; FreeNoise, arXiv 2310.15169, shuffles noise to this end)."""
+    long clip keeps its scene. The means of other windows come near to the first's, not to equal it; the variance stays
+    about 1 (ours; FreeNoise, arXiv 2310.15169, shuffles noise to this end)."""
     places = torch.arange(noise.shape[time])
     for sample in noise.movedim(time, -1):
-        for part in sample:  # a channel or bin after the other, so that it takes no memory that grows with the clip
+        for part in sample:  # a channel or bin after the other, so that it takes the memory of one alone
             running = running_mean(part, places, n, -1, places)
             part += running[..., :1] - running
     return noise
@@ -758,14 +759,15 @@ def running_mean(x, places, n, time, at):
 
 
 def put_back(x, kept):
-    """Overwrite x = [video, audio] with what is kept of a side, [(side, values, mask (1 or B, n), reach)]; the rest
+    """Overwrite x = [video, audio] with what is kept of a side, [(side, values, mask (n,) or (B, n), reach)]; the rest
     of that side is corrected by what the `reach` kept frames that are nearest, if any, show to be wrong on average.
 
-    Called on every prediction x_0. Where that is the truth, a step computes the noise that x_t holds and mixes it with
-    the truth again at the next level: the kept stretch is diffuse(truth, its own first noise, t), as in Eq. 5. That
-    alone tells the rest too little, since it is decided at high noise: the correction (ours), which ends as x_t comes
-    to show what is kept, lets what stands still (a wall, a timbre) go on. Not so a sound whose picture is given whole:
-    the picture tells what is heard, and silence that is kept would go on."""
+    Called on every prediction x_0, and, without a reach, on the result. Where x_0 is the truth, a step computes the
+    noise that x_t holds and mixes it with the truth again at the next level: the kept stretch is diffuse(truth, its own
+    first noise, t), as in Eq. 5. That alone tells the rest too little, since it is decided at high noise: the
+    correction (ours), which ends as x_t comes to show what is kept, lets what stands still (a wall, a timbre) go on.
+    Not so a sound whose picture is given whole: the picture tells what is heard, and silence that is kept would go
+    on."""
     for side, values, mask, reach in kept:
         mask = mask[..., : x[side].shape[1 + side]]
         for one, known, own in zip(x[side], values, mask.expand(len(x[side]), -1)):
@@ -779,12 +781,15 @@ def put_back(x, kept):
     return x
 
 
-def _given_whole(known, keep):
-    """Which side is given whole: 0 video, 1 audio or None. ValueError: nothing is left, or a mask does not fit."""
+def _given_whole(known, keep, config):
+    """Which side is given whole: 0 video, 1 audio or None. ValueError: nothing is left, or shapes do not fit."""
     whole = [side for side in (0, 1) if known[side] is not None and keep[side] is None]
     if len(whole) == 2:
         raise ValueError("generate was given both video and audio: nothing is left to make; `keep` tells which part to")
-    for name, x, mask, dim in zip(("video", "audio"), known, keep, (1, 2)):
+    expected = (5, config.latent_channels, "(B, T, {}, H, W)"), (3, config.mel_bins, "(B, {}, L)")
+    for name, x, mask, dim, (rank, n, shape) in zip(("video", "audio"), known, keep, (1, 2), expected):
+        if x is not None and (x.dim() != rank or x.shape[3 - dim] != n):
+            raise ValueError(f"generate got {name} {tuple(x.shape)}, expected {shape.format(n)}")
         fits = mask is None or x is not None and mask.dtype == torch.bool and mask.shape in (
             x.shape[dim : dim + 1], (len(x), x.shape[dim]))
         if not fits:
@@ -800,12 +805,12 @@ def check_sampling(steps, condition, guidance=None, stochasticity=0.0, sampler="
         raise ValueError(f"steps is {steps!r}, expected a whole number of at least 1")
     if condition not in CONDITIONS:
         raise ValueError(f"condition is {condition!r}, expected one of {', '.join(CONDITIONS)}")
-    if guidance is not None and not math.isfinite(guidance):
-        raise ValueError(f"guidance is {guidance!r}, expected a finite number")
+    if guidance is not None and not (isinstance(guidance, Real) and abs(guidance) <= 1e9):
+        raise ValueError(f"guidance is {guidance!r}, expected a number from -1e9 to 1e9")
     if sampler not in ("ddim", "dpm"):
         raise ValueError(f"sampler is {sampler!r}, expected 'ddim' or 'dpm'")
-    if not 0 <= stochasticity <= 1 or (stochasticity and sampler == "dpm"):
-        raise ValueError(f"stochasticity is {stochasticity}: expected 0 to 1, and 0 with sampler 'dpm'")
+    if not (isinstance(stochasticity, Real) and 0 <= stochasticity <= (sampler != "dpm")):
+        raise ValueError(f"stochasticity is {stochasticity!r}: expected 0 to 1, and 0 with sampler 'dpm'")
 
 
 def integrate(predict, noise, given, times, sampler="ddim", stochasticity=0.0, draw=None, progress=None, shift=1):
@@ -834,10 +839,10 @@ def sampling_times(steps=None, given=None, condition="clean"):
     """Noise levels for `integrate`, from 1 down to 0, one more than steps (ours; measured: README).
 
     Sound of a clean video: equal steps, 3 unless told otherwise. Else 1 - (i / steps)^2, dense at high noise, where
-    what happens when is decided and where a training draws most of its times (`draw_times`: 1 - u^2): 6 for pictures
+    what happens when is decided and where a training draws most of its times (`draw_times`: 1 - u^2): 8 for pictures
     of a clean sound, 10 by "replace" and "guide"; for both at once 25, or 10 where turns follow ("clean")."""
     if steps is None:
-        clean, noised = {None: 10, 0: 3, 1: 6}, {None: 25, 0: 10, 1: 10}
+        clean, noised = {None: 10, 0: 3, 1: 8}, {None: 25, 0: 10, 1: 10}
         steps = (clean if condition == "clean" else noised)[given]
     power = 1 if given == 0 and condition == "clean" else 2
     return [1 - (i / steps) ** power for i in range(steps + 1)]

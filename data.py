@@ -217,7 +217,7 @@ def read_audio(path: str | os.PathLike, sample_rate: int = 16000, start: float =
     if not len(wave):
         reason = f"cannot be decoded ({_reason(result.stderr.decode(errors='replace'))})" if errors else "is empty"
         raise ValueError(f"{path}: its sound {reason}, from {start:g} s on; give a file that plays")
-    whole = (media.seconds or 0.0) - start if seconds is None and not media.video else 0.0
+    whole = min(media.seconds - start, seconds or math.inf) if media.seconds else 0.0
     got = len(wave) / sample_rate
     _warn(path, "sound", {"errors": errors, "damaged": 0}, max(0.0, whole - got), max(whole, got))
     return wave

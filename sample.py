@@ -19,6 +19,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable
+from numbers import Real
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,8 +54,8 @@ class Models(NamedTuple):
 
 
 class Clip(NamedTuple):
-    """Video uint8 (T, H, W, 3) at `fps` and audio float32 (S,) in [-1, 1] at `sample_rate`. `source` is the video file
-    whose sound this is, if there is one."""
+    """Video uint8 (T, H, W, 3) at `fps` and audio float32 (S,) at `sample_rate`, in [-1, 1] but for what overshoots in
+    a sound that was given. `source` is the video file whose sound this is, if there is one."""
 
     video: np.ndarray
     audio: np.ndarray
@@ -97,8 +98,9 @@ def sample(video=None, audio=None, *, seconds: float | None = None, make_video: 
     the rest of what is given (as the model's frames, and as its sound but for 10 ms at the borders), and, without
     audio=, of a video file's own sound. What lasts less than `seconds` goes on: its end is made too.
     steps, condition ("clean", "replace" or "guide"), guidance, stochasticity: see `cmmd.generate`; seed: another one,
-    another result. weights: a name in weights/ or a folder; models: what `load_models` returned, instead. progress:
-    called with (what, done, of). ValueError, in one line, for input that cannot be used."""
+    another result. weights: a name in weights/ or a folder, run on `device`, by default a GPU if there is one; models:
+    what `load_models` returned, in place of both. progress: called with (what, done, of). ValueError, in one line, for
+    input that cannot be used."""
     request = dict(locals())
     lists = {name: request[name] for name in ("video", "audio") if isinstance(request[name], (list, tuple))}
     if len(set(map(len, lists.values()))) > 1:
@@ -141,7 +143,7 @@ class _Given(NamedTuple):
     wave: np.ndarray | None
     mel: torch.Tensor | None
     stretches: tuple
-    keep: tuple
+    keep: list
     source: Path | None
 
 
@@ -164,6 +166,8 @@ def _read(video, audio, seconds, make_video, make_audio, fps, sample_rate, model
     if audio is not None:
         wave, mel = _audio_input(audio, sample_rate, seconds, models)
         lengths.append(len(wave) / config.sample_rate)
+        if audio is video and make_audio is None and (seconds or lengths[0]) > lengths[1] + 1 / config.fps:
+            make_audio = lengths[1], None  # the file's own sound ends before its picture, or than was asked for
         seconds = lengths[-1] if make_audio is None else seconds
     seconds = seconds or max(lengths)
     whole = frames is not None and make_video is None
@@ -217,13 +221,10 @@ def _with_sound(given, mel, models):
 def _checked(request):
     """The arguments of `sample`, `audio` being the video file itself where its own sound is meant. ValueError, before
     anything is loaded, for what cannot work."""
-    video, seconds = request["video"], request["seconds"]
+    video = request["video"]
     if request["audio"] is None and isinstance(video, (str, os.PathLike)):
-        if request["make_audio"] is not None:
+        if request["make_audio"] is not None or request["make_video"] is not None and data.probe(video).audio:
             request = request | {"audio": video}
-        elif request["make_video"] is not None and (media := data.probe(video)).audio:
-            goes_on = seconds and media.seconds and seconds > media.seconds
-            request = request | {"audio": video, "make_audio": (media.seconds, None) if goes_on else None}
     _check(**request)
     return request | {"progress": request["progress"] or (lambda *told: None)}
 
@@ -236,7 +237,7 @@ def _check(video, audio, seconds, make_video, make_audio, fps, sample_rate, step
     check_sampling(steps, condition, guidance, stochasticity)
     if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**63:
         raise ValueError(f"seed is {seed!r}, expected a whole number from 0 to 2^63 - 1")
-    if seconds is not None and not SHORTEST <= seconds <= LONGEST:
+    if seconds is not None and not (isinstance(seconds, Real) and SHORTEST <= seconds <= LONGEST):
         raise ValueError(f"seconds is {seconds!r}, expected a length from {SHORTEST} to {LONGEST}")
     hints = {"video": "has no picture, only sound; pass it as audio= (--audio) to make its picture",
              "audio": "has no sound; give a file with a sound track"}
@@ -251,7 +252,7 @@ def _check(video, audio, seconds, make_video, make_audio, fps, sample_rate, step
                 raise ValueError(f"{given}: {hints[name]}")
         elif given is not None and not hasattr(given, "shape"):
             raise ValueError(f"{name} is a {type(given).__name__}, expected a file, array or tensor, or a list of them")
-        elif given is not None and (rate is None or not low <= rate <= high):
+        elif given is not None and not (isinstance(rate, Real) and low <= rate <= high):
             raise ValueError(f"a {name} array needs its rate: {unit}=..., from {low:g} to {high:g}; got {rate!r}")
 
 
@@ -294,7 +295,7 @@ def load_models(weights: str | os.PathLike = "worlds", device: str | None = None
     The first two may be published weights: see `load` in vae.py and vocoder.py. ValueError, in one line, if files are
     missing or of another kind, or if their mels or latents do not fit."""
     known = sorted(p.name for p in WEIGHTS.iterdir() if p.is_dir()) if WEIGHTS.is_dir() else []
-    folder = WEIGHTS / weights if str(weights) in known else Path(weights)
+    folder = WEIGHTS / weights if str(weights) in known else Path(str(weights))
     if not str(weights) or not folder.is_dir():
         raise ValueError(f"{weights}: no such folder of weights; give one, or a name of {', '.join(known) or '(none)'}")
     device = usable_device(device)
@@ -411,7 +412,8 @@ def _array(x):
 
 def _resize(frames, size):
     """Frames uint8 or float in [0, 1] (n, side, side, 3) -> uint8 (n, size, size, 3)."""
-    x = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).float()
+    x = np.ascontiguousarray(frames, dtype=None if frames.dtype == np.uint8 else np.float32)
+    x = torch.from_numpy(x).permute(0, 3, 1, 2).float()
     x = x * 255 if frames.dtype.kind == "f" else x
     if x.shape[-1] != size:
         x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
@@ -441,6 +443,8 @@ def _array_wave(audio, sample_rate, wanted):
     if audio.ndim not in (1, 2) or not audio.size or not known or audio.ndim == 2 and audio.shape[1] > 64:
         raise ValueError(f"audio: expected (S,) or (S, channels), float or int16, got {audio.dtype} {audio.shape}")
     wave = audio / 32768 if audio.dtype == np.int16 else audio
+    if len(wave) * wanted < sample_rate:
+        raise ValueError(f"audio: {len(wave)} samples at {sample_rate:g} Hz are less than one at {wanted}; give more")
     if not np.abs(wave).max() <= 2:  # resampling and lossy codecs overshoot a little; NaN is caught too
         raise ValueError(f"audio: float waves must lie in [-1, 1], got {wave.min():.3g} to {wave.max():.3g}")
     wave = np.ascontiguousarray(wave.mean(1) if wave.ndim == 2 else wave, dtype=np.float32)
@@ -549,7 +553,7 @@ def _arguments(argv):
         parser.add_argument(f"--make-{name}", type=float, nargs=2, metavar=("START", "END"), help="make only this "
                             f"stretch (in seconds; inf: to the end) of the {whose}, and keep the rest")
     parser.add_argument("--weights", default="worlds", help="name in weights/, or a folder (default: %(default)s)")
-    parser.add_argument("--steps", type=int, help="denoising steps (default: 3 for sounds, 6 for pictures; where "
+    parser.add_argument("--steps", type=int, help="denoising steps (default: 3 for sounds, 8 for pictures; where "
                         "both are made 10, then these at each turn; replace and guide: 10, for both 25)")
     parser.add_argument("--condition", default="clean", choices=CONDITIONS, help="how what is given enters; where "
                         "nothing is, all make both at once, and clean goes on by turns")
@@ -577,6 +581,8 @@ def _jobs(args):
     if args.output and (len(given) > 1 or not Path(args.output).suffix):
         if Path(args.output).suffix.lower() in TYPES or Path(args.output).is_file():
             raise ValueError(f"{args.output}: {len(given)} files need a folder to write to, this is a file's name")
+        if not Path(args.output).absolute().parent.is_dir():
+            raise ValueError(f"{args.output}: cannot be made, the folder that it lies in does not exist; make it first")
         Path(args.output).mkdir(exist_ok=True)
     outputs = [_output(one, args.output) for one in given]
     inputs = [Path(one) for one in (*given, *(args.audio or ())) if one]
@@ -585,7 +591,7 @@ def _jobs(args):
     for output in outputs:
         data.check_output(output, TYPES)
         for path in _draws(output, args.draws):
-            if path.exists() and path.stat()[1:3] in read:
+            if path.exists() and not args.skip_existing and path.stat()[1:3] in read:
                 raise ValueError(f"{path}: is the input itself; choose another file to write")
         if output in seen:
             raise ValueError(f"{output}: would be the output of several inputs; give them different names")

@@ -599,7 +599,9 @@ def test_cmmd_kept_parts_are_exact_enter_with_one_noise_and_are_seen(full_precis
     (dict(video=torch.zeros(1, 5, 4, 4, 4), keep=(torch.ones(5), None)), "float32"),
     (dict(video=torch.zeros(1, 5, 4, 4, 4), keep=(torch.ones(6).bool(), None)), "as long"),
     (dict(audio=torch.zeros(2, 80, 32), keep=(None, torch.ones(3, 32).bool()), seeds=(0, 1)), "(3, 32)"),
-    (dict(audio=torch.zeros(2, 80, 32), keep=(None, torch.ones(32).bool())), "1 seeds")])
+    (dict(audio=torch.zeros(2, 80, 32), keep=(None, torch.ones(32).bool())), "1 seeds"),
+    (dict(video=torch.zeros(1, 5, 3, 4, 4), keep=(torch.zeros(5).bool(), None)), "(1, 5, 3, 4, 4), expected (B, T, 4"),
+    (dict(audio=torch.zeros(1, 40, 32), keep=(None, torch.ones(32).bool())), "(1, 40, 32), expected (B, 80, L)")])
 def test_cmmd_generate_refuses_what_cannot_be_kept(arguments, says):
     with pytest.raises(ValueError) as error:
         generate(tiny_model(), **arguments)
@@ -680,8 +682,8 @@ def test_cmmd_more_steps_where_nothing_is_given_whole(full_precision):
     for given in (dict(video=video), dict(audio=audio), dict(frames=5), dict(video=video, audio=audio, keep=half),
                   dict(video=video, audio=audio, keep=(None, half[1])), dict(frames=5, steps=2)):
         generate(model, **given, progress=lambda done, of: steps.append(of) if done == of else None)
-    by_turns = 10 + cmmd.TURNS * (6 + 3)
-    assert steps == [3, 6, by_turns, by_turns, 3, 2 * (1 + 2 * cmmd.TURNS)]
+    by_turns = 10 + cmmd.TURNS * (8 + 3)
+    assert steps == [3, 8, by_turns, by_turns, 3, 2 * (1 + 2 * cmmd.TURNS)]
     for given, wanted in ((dict(video=video), 10), (dict(frames=5), 25)):
         steps.clear()
         generate(model, **given, condition="replace", progress=lambda done, of: steps.append(of))
@@ -741,6 +743,15 @@ def test_cmmd_what_is_kept_corrects_what_stands_still_near_it():
     assert torch.equal(none, x[0])
 
 
+def test_cmmd_a_kept_last_mel_frame_corrects_nothing_after_the_last_step(full_precision):
+    """Of 18 frames' 113 mel frames the model makes 112, and the last one is the one before again."""
+    audio, mask = torch.zeros(1, 80, 113), torch.arange(113) == 112
+    audio[..., -1] = 5
+    made, free = (generate(tiny_model(), audio=audio, keep=(None, mask & kept), steps=2, condition="replace")[1]
+                  for kept in (True, False))
+    assert (made[..., -1] == 5).all() and torch.equal(made[..., :-1], free[..., :-1])
+
+
 def test_cmmd_sounds_are_corrected_only_where_no_whole_picture_tells_them(monkeypatch):
     mean, sides = cmmd.running_mean, set()
     monkeypatch.setattr(cmmd, "running_mean", lambda *x: (sides.add(x[3]), mean(*x))[1])
@@ -793,7 +804,10 @@ def test_cmmd_generate_lengths():
     (dict(frames=5, condition="hope"), "'hope'"), (dict(frames=5, sampler="euler"), "'euler'"), (dict(), "frame"),
     (dict(frames=5, stochasticity=1.5), "stochasticity"), (dict(frames=5, stochasticity=0.5, sampler="dpm"), "dpm"),
     (dict(video=torch.zeros(2, 5, 4, 4, 4)), "1 seeds"), (dict(frames=0), "0 frames"), (dict(frames=2.5), "2.5 frames"),
-    (dict(frames=5, seeds=()), "0 seeds")])
+    (dict(frames=5, seeds=()), "0 seeds"), (dict(frames=5, window_batch=-1), "window_batch"),
+    (dict(frames=5, stride=0), "stride"), (dict(frames=5, guidance=1e30), "guidance"),
+    (dict(frames=5, guidance="1"), "guidance"), (dict(frames=5, stochasticity=None), "stochasticity"),
+    (dict(video=torch.zeros(5, 4, 4, 4)), "B, T, 4"), (dict(audio=torch.zeros(80, 32)), "B, 80, L")])
 def test_cmmd_generate_refuses(arguments, says):
     with pytest.raises(ValueError, match=says) as error:
         generate(tiny_model(), **arguments)
@@ -1943,6 +1957,15 @@ def test_data_file_cut_short_is_read_as_far_as_it_goes(tmp_path, kind, options):
     assert 20 < len(video) < 40
 
 
+def test_data_the_sound_of_a_video_cut_short_is_read_with_a_warning(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, (60, 32, 32, 3), dtype=np.uint8)
+    data.write_clip(path := tmp_path / "a.mp4", noise, np.sin(np.arange(96000) / 9) / 2)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    for seconds, missing in ((None, r"\d s of 6.00 s missing"), (5.0, r"\d s of 5.00 s missing")):
+        with pytest.warns(UserWarning, match=missing):
+            assert 32000 < len(data.read_audio(path, seconds=seconds)) < 64000
+
+
 def test_data_output_is_checked_first_and_never_half_written(tmp_path):
     video = np.zeros((3, 16, 16, 3), np.uint8)
     for path in (tmp_path / "a.xyz", tmp_path / "a", tmp_path / "none" / "a.mp4"):
@@ -2478,6 +2501,12 @@ def test_sample_command_line_refuses_in_one_line(tmp_path, weights, monkeypatch,
     assert sorted(p.name for p in tmp_path.rglob("*")) == before
 
 
+def test_sample_weights_that_are_no_folder_are_refused():
+    for name in (None, "", "none"):
+        with pytest.raises(ValueError, match=f"^{name}: no such folder of weights"):
+            load_models(name)
+
+
 def test_sample_mismatched_vocoder_is_refused(tmp_path, weights):
     for name in ("vae", "cmmd"):
         (tmp_path / f"{name}.safetensors").write_bytes((weights / f"{name}.safetensors").read_bytes())
@@ -2578,6 +2607,8 @@ def test_sample_large_frames_wait_in_a_file_and_may_be_changed(tmp_path, models,
     (dict(seed=2**63), "seed"), (dict(seed=1.0), "seed"), (dict(seconds=math.nan), "seconds"),
     (dict(seconds=None, video=moving_square(3, 10), fps=math.nan), "fps"),
     (dict(seconds=None, video=moving_square(3, 10), fps=math.inf), "fps"),
+    (dict(seconds=None, video=moving_square(3, 10), fps="10"), "fps"), (dict(seconds="1"), "seconds"),
+    (dict(seconds=None, audio=np.zeros(1), sample_rate=44100), "1 samples at 44100 Hz"),
     (dict(seconds=None, audio=np.zeros((2, 1600)), sample_rate=16000), "channels")])
 def test_sample_odd_numbers_are_refused(models, given, says):
     with pytest.raises(ValueError, match=says) as error:
@@ -2712,6 +2743,19 @@ def test_sample_makes_a_stretch_of_the_picture_from_all_of_the_sound(tmp_path, m
     clip = sample(tmp_path / "a.mp4", tmp_path / "a.mp4", make_video=(0.51, 0.54), models=models, steps=1)
     same = (clip.video == data.read_video(tmp_path / "a.mp4")).all((1, 2, 3))
     assert same.tolist() == [k != 5 for k in range(20)]  # the frame that is on screen then
+
+
+@pytest.mark.parametrize("name, heard, options", [
+    ("a.mkv", 1.5, "-c:v copy"), ("a.webm", 3.0, "-deadline realtime -cpu-used 8 -live 1")])
+def test_sample_keeps_all_of_a_picture_with_a_shorter_sound_or_without_a_length(tmp_path, models, name, heard, options):
+    data.write_clip(tmp_path / "picture.mkv", moving_square(30, 10))
+    data.write_clip(tmp_path / "sound.wav", audio=np.sin(np.arange(round(heard * 16000)) / 9) / 2)
+    ffmpeg(f"-i {tmp_path / 'picture.mkv'} -i {tmp_path / 'sound.wav'}", options, tmp_path / name)
+    clip = sample(tmp_path / name, make_video=(1, 2), models=models, steps=1)
+    same = (clip.video == data.read_video(tmp_path / name)).all((1, 2, 3))
+    assert same.tolist() == [not 10 <= k < 20 for k in range(30)] and len(clip.audio) == 48000
+    clip = sample(tmp_path / name, make_video=(1, None), seconds=5, models=models, steps=1)
+    assert len(clip.video) == 50 and len(clip.audio) == 80000
 
 
 def test_sample_kept_sound_fades_over_within_10_ms():
