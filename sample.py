@@ -52,6 +52,10 @@ class Models(NamedTuple):
     vocoder: Vocoder
     cmmd: CMMD
 
+    def __repr__(self):
+        """Sizes, not every layer."""
+        return f"Models(vae {self.vae.config}, vocoder {self.vocoder.config}, cmmd {self.cmmd.config})"
+
 
 class Clip(NamedTuple):
     """Video uint8 (T, H, W, 3) at `fps` and audio float32 (S,) at `sample_rate`, in [-1, 1] but for what overshoots in
@@ -74,6 +78,11 @@ class Clip(NamedTuple):
         else:
             data.write_clip(path, self.video, self.audio, self.fps, self.sample_rate)
 
+    def __repr__(self):
+        """Sizes, not numbers."""
+        return (f"Clip(video {self.video.dtype} {self.video.shape} at {self.fps:g} fps, audio {self.audio.dtype} "
+                f"{self.audio.shape} at {self.sample_rate} Hz, source {self.source})")
+
     def _repr_html_(self):
         """A player for notebooks; of a source of more than 20 MB it shows the small frames."""
         large = self.source is not None and (not self.source.exists() or self.source.stat().st_size > 20e6)
@@ -93,7 +102,7 @@ def sample(video=None, audio=None, *, seconds: float | None = None, make_video: 
     video: a file, or frames (T, H, W, 3), uint8 or float in [0, 1], at `fps`. audio: a file, or a wave (S,) or
     (S, channels) in [-1, 1], at `sample_rate`. Arrays or tensors; a list of either gives a list of Clips, each as if
     alone, to rounding: short ones in a row that are equally long are made together, the faster. seconds: length of the
-    clip, at most the input's; 1.8 if there is none.
+    clip, beyond the input's only with make_video or make_audio; 1.8 if there is no input.
     make_video, make_audio: (start, end) in seconds, end None for the clip's end: make only that stretch anew, and keep
     the rest of what is given (as the model's frames, and as its sound but for 10 ms at the borders), and, without
     audio=, of a video file's own sound. What lasts less than `seconds` goes on: its end is made too.
@@ -102,6 +111,8 @@ def sample(video=None, audio=None, *, seconds: float | None = None, make_video: 
     what `load_models` returned, in place of both. progress: called with (what, done, of). ValueError, in one line, for
     input that cannot be used."""
     request = dict(locals())
+    if models is not None and not hasattr(models, "cmmd"):
+        raise ValueError(f"models is {models!r}, expected what load_models returned; names are for weights=")
     lists = {name: request[name] for name in ("video", "audio") if isinstance(request[name], (list, tuple))}
     if len(set(map(len, lists.values()))) > 1:
         raise ValueError(f"{len(video)} videos and {len(audio)} sounds: give as many of each, or one list alone")
@@ -253,7 +264,7 @@ def _check(video, audio, seconds, make_video, make_audio, fps, sample_rate, step
         elif given is not None and not hasattr(given, "shape"):
             raise ValueError(f"{name} is a {type(given).__name__}, expected a file, array or tensor, or a list of them")
         elif given is not None and not (isinstance(rate, Real) and low <= rate <= high):
-            raise ValueError(f"a {name} array needs its rate: {unit}=..., from {low:g} to {high:g}; got {rate!r}")
+            raise ValueError(f"{name} as an array needs its rate: {unit}=..., from {low:g} to {high:.0f}; got {rate!r}")
 
 
 def _stretch(name, make, seconds, length=math.inf):
@@ -548,7 +559,8 @@ def _arguments(argv):
                         "inputs need: NAME.mp4 in it (default: NAME-cmmd.mp4 here)")
     parser.add_argument("--skip-existing", action="store_true", help="leave out what is already there")
     parser.add_argument("--audio", nargs="+", help="sound files, or videos with sound, that get a picture")
-    parser.add_argument("--seconds", type=float, help="length, at most the input's (default: all of it)")
+    parser.add_argument("--seconds", type=float, help="length, beyond the input's only with "
+                        "--make-video or --make-audio (default: the input's)")
     for name, whose in (("video", "picture"), ("audio", "sound, by default the video's own")):
         parser.add_argument(f"--make-{name}", type=float, nargs=2, metavar=("START", "END"), help="make only this "
                             f"stretch (in seconds; inf: to the end) of the {whose}, and keep the rest")

@@ -2505,6 +2505,14 @@ def test_sample_weights_that_are_no_folder_are_refused():
     for name in (None, "", "none"):
         with pytest.raises(ValueError, match=f"^{name}: no such folder of weights"):
             load_models(name)
+    with pytest.raises(ValueError, match="^models is 'worlds'"):
+        sample(seconds=1, models="worlds")
+
+
+def test_sample_clips_and_models_show_themselves_in_a_line(models):
+    clip = sample(moving_square(12, 10), fps=10, models=models, steps=1)
+    assert repr(clip) == ("Clip(video uint8 (12, 64, 64, 3) at 10 fps, audio float32 (19200,) at 16000 Hz, source None)")
+    assert len(repr(models)) < 2000 and repr(models.cmmd.config) in repr(models)
 
 
 def test_sample_mismatched_vocoder_is_refused(tmp_path, weights):
