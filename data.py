@@ -152,8 +152,7 @@ class Video:
     nearest frames, with a warning that says how much is missing. ValueError, in one line, for what has no picture."""
 
     def __init__(self, path, fps=10, size=64, start=0.0, seconds=None, chunk=64):
-        if not fps > 0 or size < 1 or start < 0 or (seconds is not None and not seconds > 0):
-            raise ValueError(f"fps {fps}, size {size}, seconds {seconds} must be above 0 and start {start} not below")
+        _check_stretch(start, seconds, fps, size)
         self.path, self.fps, self.size, self.start, self.chunk, self.limit = path, fps, size, start, chunk, seconds
         self.media = probe(path)
         if not self.media.video:
@@ -200,6 +199,7 @@ def read_audio(path: str | os.PathLike, sample_rate: int = 16000, start: float =
 
     It starts where the clip does: silence stands where a picture starts before its sound and in gaps. `start` and
     `seconds` choose a stretch. ValueError, in one line, for a file without sound."""
+    _check_stretch(start, seconds, sample_rate)
     media = probe(path)
     if not media.audio:
         raise ValueError(f"{path}: has no sound; give a file with a sound track")
@@ -221,6 +221,12 @@ def read_audio(path: str | os.PathLike, sample_rate: int = 16000, start: float =
     got = len(wave) / sample_rate
     _warn(path, "sound", {"errors": errors, "damaged": 0}, max(0.0, whole - got), max(whole, got))
     return wave
+
+
+def _check_stretch(start, seconds, rate, size=1):
+    """Refuse what is no stretch of a file."""
+    if not 0 < rate < math.inf or size < 1 or not 0 <= start < math.inf or not (seconds is None or seconds > 0):
+        raise ValueError(f"rate {rate}, size {size}, seconds {seconds} must be above 0 and start {start} not below")
 
 
 def frame_count(seconds, fps):
@@ -359,8 +365,8 @@ def _picture_seconds(path, media):
 def _wave(audio):
     """A wave as contiguous float32 (S,), or ValueError."""
     audio = np.ascontiguousarray(audio, dtype=np.float32)
-    if audio.ndim != 1 or not len(audio):
-        raise ValueError(f"expected a wave float (S,) with S > 0, got shape {audio.shape}")
+    if audio.ndim != 1 or not len(audio) or not np.isfinite(audio).all():
+        raise ValueError(f"expected a wave float (S,), S > 0, of finite numbers; got shape {audio.shape}")
     return audio
 
 
@@ -878,7 +884,14 @@ def _files(folder):
     folder = Path(folder).resolve()
     if not folder.is_dir():
         raise ValueError(f"{folder}: there is no such folder; give a folder of files, or a world: {', '.join(WORLDS)}")
-    return sorted(path for path in folder.rglob("*") if path.is_file())
+    found, seen = [], set()
+    for root, inner, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(root)) in seen:  # a link back to where we are, or have been
+            inner.clear()
+            continue
+        seen.add(real)
+        found += [Path(root) / name for name in names if (Path(root) / name).is_file()]
+    return sorted(found)
 
 
 def _aist(files, table, lines, around):
@@ -911,14 +924,16 @@ def _epic(files, table, lines, around):
         raise ValueError(f"{table}: has no column {', '.join(sorted(missing))}; give a table of EPIC-Sounds")
     for row in rows:
         path = videos.get(row["video_id"])
-        times = [re.fullmatch(r"(\d+):(\d+):([\d.]+)", row[f"{end}_timestamp"] or "") for end in ("start", "stop")]
+        times = [re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", row[f"{end}_timestamp"] or "")
+                 for end in ("start", "stop")]
         start, stop = (sum(float(n) * unit for n, unit in zip(t.groups(), (3600, 60, 1))) if t else 0 for t in times)
         if path and path not in lengths:
             try:
                 lengths[path] = probe(path).seconds or math.inf
             except ValueError:
                 lengths[path] = 0.0
-        why = ("of videos that are not there" if path is None else "that end before they start" if stop <= start
+        why = ("of videos that are not there" if path is None else "whose times cannot be read" if None in times
+               else "that end before they start" if stop <= start
                else "of videos that cannot be read" if not lengths[path]
                else "beyond the end of their videos" if stop > lengths[path] + 0.1 else None)
         if why:
@@ -991,7 +1006,7 @@ class FileCache:
 
 def share_of(path):
     """"test", "validation" or "training", by the CRC-32 of a file's name alone: 1, 1 and 23 of 25 files."""
-    return {0: "test", 1: "validation"}.get(zlib.crc32(Path(path).name.encode()) % 25, "training")
+    return {0: "test", 1: "validation"}.get(zlib.crc32(os.fsencode(Path(path).name)) % 25, "training")
 
 
 def cache_sounds(entry, cache, sample_rate=16000):
@@ -1057,7 +1072,8 @@ def _identity(source, kind):
     """A name for what `kind` makes of the source as its file is now."""
     found = source.path.stat()
     span = f" {source.start} {source.seconds}" if source.seconds else ""
-    return sha256(f"{source.path} {found.st_size} {found.st_mtime_ns} {kind}{span}".encode()).hexdigest()[:24]
+    name = os.fsencode(source.path)  # which may be no UTF-8
+    return sha256(name + f" {found.st_size} {found.st_mtime_ns} {kind}{span}".encode()).hexdigest()[:24]
 
 
 def _decoded(path, source, decode):
@@ -1068,5 +1084,5 @@ def _decoded(path, source, decode):
         tensors, header = decode(source.path, source.start, source.seconds)
     except ValueError as error:
         return str(error), 0
-    write_tensors(path, tensors, header | {"source": str(source.path)})
+    write_tensors(path, tensors, header | {"source": ascii(str(source.path))[1:-1]})
     return None, len(next(iter(tensors.values())))

@@ -2330,6 +2330,28 @@ def test_data_epic_windows_lie_around_their_events(tmp_path, capsys):
         assert float(clip.picture(13, 1)) == pytest.approx(10 * (source.start + 1.35) - 0.5, abs=2)
 
 
+def test_data_epic_rows_whose_times_cannot_be_read_are_counted(tmp_path, capsys):
+    data.write_clip(tmp_path / "v.mp4", np.zeros((60, 16, 16, 3), np.uint8), noise(96000).numpy() / 9)
+    times = ("00:00:01.0", "00:00:02.0"), ("bad", "00:00:04.0"), ("00:00:1.2.3", "00:00:04.0"), ("00:00:03.0", "")
+    rows = [f"{i},v,{start},{stop}" for i, (start, stop) in enumerate(times)]
+    (tmp_path / "t.csv").write_text("\n".join(["annotation_id,video_id,start_timestamp,stop_timestamp", *rows]))
+    assert [source.name for source in data.find_sources(f"epic:{tmp_path}:{tmp_path}/t.csv")] == ["0/v.mp4"]
+    assert "3 whose times cannot be read" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs links, and names that are no UTF-8")
+def test_data_folders_hold_what_links_lead_to_and_names_that_are_no_utf8(tmp_path):
+    (tmp_path / "media").mkdir()
+    write_tones(tmp_path / "elsewhere", count=3)
+    os.symlink(tmp_path / "elsewhere", tmp_path / "media" / "link")
+    os.symlink(tmp_path / "media", tmp_path / "media" / "loop")
+    os.symlink(tmp_path / "nowhere", tmp_path / "media" / "broken")
+    data.write_clip(tmp_path / "a.wav", audio=noise(4000).numpy() / 10)
+    os.rename(tmp_path / "a.wav", os.fsencode(tmp_path / "media") + b"/bad\xff.wav")
+    files = data.cache_sounds(tmp_path / "media", tmp_path / "cache")
+    assert len(files) == 4 and len(files.fingerprint()) == 8 and len(files.share("training").names) <= 4
+
+
 @pytest.mark.parametrize("entry, says", [
     ("aist:{0}:{0}/none.txt", "cannot be read"), ("epic:{0}:{0}/a.csv", "no column annotation_id"),
     ("epic:{0}/none:{0}/a.csv", "no such folder"), ("aist:{0}", "no such folder"), ("aist:{0}:{0}/b.mp4", "no text")])
@@ -2511,7 +2533,7 @@ def test_sample_weights_that_are_no_folder_are_refused():
 
 def test_sample_clips_and_models_show_themselves_in_a_line(models):
     clip = sample(moving_square(12, 10), fps=10, models=models, steps=1)
-    assert repr(clip) == ("Clip(video uint8 (12, 64, 64, 3) at 10 fps, audio float32 (19200,) at 16000 Hz, source None)")
+    assert repr(clip) == "Clip(video uint8 (12, 64, 64, 3) at 10 fps, audio float32 (19200,) at 16000 Hz, source None)"
     assert len(repr(models)) < 2000 and repr(models.cmmd.config) in repr(models)
 
 
@@ -2975,7 +2997,7 @@ def test_train_world_clips_are_as_long_as_their_frames(weights):
 def test_train_cached_clips_of_other_frame_rates_are_others(tmp_path, monkeypatch, weights):
     few_clips(monkeypatch)
     autoencoder = vae_module.load(weights / "vae.safetensors")
-    args = SimpleNamespace(cache=tmp_path, shift=(0.1, 0.4), clips=2)
+    args = SimpleNamespace(cache=tmp_path, shift=(0.1, 0.4), clips=2, rank=0, processes=1)
     names = [set(train.cached_clips(args, "bounce", autoencoder, CMMDConfig(**sizes)).names)
              for sizes in (dict(fps=10, frames=18), dict(fps=25, frames=45), dict(fps=10, frames=18, size=32))]
     assert len(set.union(*names)) == 6
@@ -3011,6 +3033,14 @@ def test_train_refuses_to_resume_with_other_settings(tmp_path, monkeypatch, caps
     (["vae", "--init", str(WORLDS / "vae.safetensors"), "--config", '{"blocks": 2}'], "do not fit these sizes"),
     (["vae", "--init", "none.safetensors"], "no such file"), (["cmmd", "--vae", "none.safetensors"], "no such file"),
     (["vae", "--out", "file"], "file"), (["vae", "--config", '{"bands": 3}'], "bands"),
+    (["vae", "--config", '{"latent_channels": 2}'], "at least 3"), (["vae", "--freeze-encoder"], "--init; give one"),
+    (["vocoder", "--config", '{"hop": 256.0}'], "hop is 256.0, expected int"),
+    (["vocoder", "--config", '{"ratios": [1, 16, 16]}'], "each 2 or more"),
+    (["cmmd", "--vae", "x", "--margin", "0.5"], "give --eta too"),
+    *((["cmmd", "--vae", str(WORLDS / "vae.safetensors"), "--config", config], says) for config, says in (
+        ('{"frames": 18.5}', "frames is 18.5, expected int"), ('{"fps": NaN}', "fps is NaN, expected float"),
+        ('{"fps": 1e999}', "fps is Infinity"), ('{"mel_mean": "x"}', 'mel_mean is "x"'), ('{"blocks": true}', "blocks"),
+        ('{"latent_channels": 4}', "8 channels, the model's 4"))),
     (["cmmd", "--vae", str(WORLDS / "vae.safetensors"), "--data", "x"], "no such folder"),
     (["cmmd", "--vae", "x", "--negatives-at", "1", "0.5"], "--negatives-at"),
     (["cmmd", "--vae", "x", "--shift", "0.4", "0.1"], "--shift 0.4 0.1"),
@@ -3071,6 +3101,29 @@ def test_train_shift_goes_where_the_clip_goes_on(tmp_path):
         before, after = min(0.4, k / 10), min(0.4, (8 - k) / 10)
         assert moves.min() >= -before - 1e-9 and moves.max() <= after + 1e-9 and abs(moves).min() >= 0.1 - 1e-9
         assert (moves < 0).any() == (before >= 0.1) and (moves > 0).any() == (after >= 0.1)
+
+
+def test_train_sources_take_turns_at_each_place_of_a_batch(tmp_path):
+    """So that as much is drawn of each, whatever the batch, and also of what has negatives."""
+    worlds = tuple(str(x) for x in range(3))
+    drawn = []
+    for i in range(3):
+        data.write_encoded(tmp_path / f"{i}.safetensors", torch.full((26, 1, 2, 2), float(i)), noise(41600).numpy() / 9,
+                           10, 16000)
+        drawn.append(data.FileCache((worlds[i],), (str(tmp_path / f"{i}.safetensors"),), (26,), (0,)))
+    batches = pair_batches(batch=4, negatives=1, sources=tuple(drawn))
+    own = torch.stack([batches[step][0][:, 0, 0, 0, 0] for step in range(6)])
+    assert own.unique(return_counts=True)[1].tolist() == [8, 8, 8]
+    assert own[:, 0].unique(return_counts=True)[1].tolist() == [2, 2, 2]
+
+
+def test_train_windows_move_by_a_frame_at_least():
+    """Also with --shift 0 0, of worlds whose clips are drawn as long as that takes."""
+    batches = pair_batches(sources=("bounce",), negatives=2, shift=(0.0, 0.0), batch=2)
+    batches.vae = SimpleNamespace(encode=lambda frames: frames.mean((2, 3, 4)).reshape(*frames.shape[:2], 1, 1, 1),
+                                  parameters=lambda: iter([torch.zeros(1)]))
+    latents, _, moved, _ = batches[0]
+    assert all(torch.equal(a[1:], b[:-1]) != torch.equal(a[:-1], b[1:]) for a, b in zip(latents, moved))
 
 
 def test_train_clips_without_room_for_a_shift_are_swapped(tmp_path):
@@ -3266,7 +3319,7 @@ def test_train_on_folders_resumed_equals_never_stopped(tmp_path, monkeypatch, ca
     data.write_clip(tmp_path / "media" / "more.mp4", np.zeros((5, 16, 16, 3), np.uint8), np.zeros(8000))
     capsys.readouterr()
     assert train.main([*words, "--out", str(tmp_path / "stopped")]) == 2
-    assert "was started with files" in capsys.readouterr().err
+    assert "was started with other files in --data" in capsys.readouterr().err
     if task == "cmmd":
         assert imageio.imread(next((tmp_path / "straight").glob("cmmd-*media-6.png"))).shape[1:] == (960, 3)
         figures = (tmp_path / "straight" / "cmmd-eval.csv").read_text().splitlines()[0]

@@ -22,7 +22,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -106,7 +106,7 @@ class State:
         tensors = self.tensors()
         if bad := [name for name, w in tensors.items() if not torch.isfinite(w).all()]:
             raise ValueError(f"step {self.step}: {bad[0]} is not finite; the last checkpoint is kept")
-        fresh = path.with_stem(f"{path.stem}-new")
+        fresh = path.with_stem(f"{path.stem}-new")  # a full disk leaves the one before as it was
         write_tensors(fresh, tensors, {"step": str(self.step), "settings": json.dumps(self.settings)})
         if path.exists():
             os.replace(path, before(path))
@@ -130,8 +130,8 @@ class State:
             tensors, header = {k: file.get_tensor(k) for k in file.keys()}, file.metadata()
         for key, then in json.loads(header["settings"]).items():
             if key not in FREE and self.settings.get(key) != then:
-                raise ValueError(f"{path}: was started with {key} {then}, not {self.settings.get(key)}; "
-                                 "give the same settings to go on, or another --out")
+                what = ("other files in --data" if key == "files" else f"{key} {then}, not {self.settings.get(key)}")
+                raise ValueError(f"{path}: was started with {what}; give the same to go on, or another --out")
         self.step = int(header["step"])
         strip = lambda prefix: {k[len(prefix):]: w for k, w in tensors.items() if k.startswith(prefix)}
         self.ema.load_state_dict(strip("ema/"))
@@ -179,7 +179,10 @@ def run(state, batches, update, evaluate, args, finish=lambda ema: ema):
     stream, waited, since = iter(loader), 0.0, time.time()
     while state.step < args.steps:
         asked = time.time()
-        batch = next(stream)
+        try:
+            batch = next(stream)
+        except ValueError as error:  # a worker's is told with its whole traceback
+            raise ValueError(str(error).rstrip().splitlines()[-1].removeprefix("ValueError: ")) from None
         waited += time.time() - asked
         for optimizer in state.optimizers.values():
             optimizer.param_groups[0]["lr"] = learning_rate(state.step, args)
@@ -322,11 +325,6 @@ class Draws:
         return [torch.cat(drawn)[: self.batch]]
 
 
-def first_unseen(source):
-    """The first seed to draw validation clips with: a world's are unseen from there on, a share of files always is."""
-    return 0 if isinstance(source, FileCache) else VALIDATION_SEED
-
-
 # ---- Autoencoder
 
 
@@ -354,7 +352,7 @@ def train_vae(args):
         state.descend("vae", [loss], clip=math.inf)
         return {"loss": loss.detach(), "psnr": psnr(out.detach() / 2, batch[0] / 2).mean()}  # psnr is for a range of 1
 
-    unseen = {name: draw_frames(source, first_unseen(source), 240)[None].to(args.device)
+    unseen = {name: draw_frames(source, VALIDATION_SEED, 240)[None].to(args.device)
               for name, source in unseen.items()}
 
     def evaluate(ema):
@@ -410,7 +408,7 @@ def train_vocoder(args):
         parts = {name: getattr(loss, name).detach() for name in ("mel", "adversarial", "features")}
         return losses | parts | {"critic": critic.detach()}
 
-    unseen = {name: torch.cat([draw(source, first_unseen(source) + i, 3.2) for i in range(8)]).to(args.device)
+    unseen = {name: torch.cat([draw(source, VALIDATION_SEED + i, 3.2) for i in range(8)]).to(args.device)
               for name, source in unseen.items()}
 
     @torch.no_grad()
@@ -478,19 +476,24 @@ class PairBatches:
         """This step's clips, long enough to be shifted -> EncodedClips."""
         c, out, fresh = self.config, [None] * self.batch, {}
         for i in range(self.batch):
-            source = self.sources[i % len(self.sources)]
+            source = self.sources[(step + i) % len(self.sources)]  # by turns: the first places have negatives
             if isinstance(source, FileCache):
                 out[i] = open_encoded(source.paths[source.draw(rng)])
             else:
                 fresh[i] = WORLDS[source]
         if fresh:
             self.vae = self.vae or vae.load(self.vae_path)
-            seconds = c.frames / c.fps + (2 * self.shift[1] if self.negatives else 0)
+            seconds = with_room(c, self.shift) if self.negatives else c.frames / c.fps
             clips = [world(clip_seed(self.seed, step * self.batch + i), seconds, c.fps, c.size, c.sample_rate)
                      for i, world in fresh.items()]
             for i, clip in zip(fresh, encode_clips(clips, self.vae)):
                 out[i] = clip
         return out
+
+
+def with_room(config, shift):
+    """Seconds of a clip that has room to cut a window `shift` (from, to; s), or a frame, earlier or later."""
+    return config.frames / config.fps + 2 * max(shift[1], 1 / config.fps)
 
 
 def another(i, batch, sources):
@@ -517,13 +520,17 @@ def encode_clips(clips, autoencoder):
 
 def initial_model(autoencoder, args):
     """A fresh CMMD for these latents, or that of --init. ValueError if that one knows other latents."""
-    if isinstance(args.config.get("fps"), (int, float)):
-        args.config.setdefault("frames", max(2, round(1.8 * args.config["fps"])))  # P: windows of 1.8 s
     if autoencoder.config.factor != 8:
         raise ValueError(f"{args.vae}: its latents are 1/{autoencoder.config.factor} of the frames' size, the model's "
                          "1/8: give an autoencoder of four levels")
     default = CMMDConfig(latent_channels=autoencoder.config.latent_channels, **SIZES[args.size or "demo"])
+    fps, before = args.config.get("fps"), load(args.init, CMMD).config if args.init else default
+    if isinstance(fps, (int, float)) and math.isfinite(fps) and fps != before.fps:
+        args.config.setdefault("frames", max(2, round(1.8 * fps)))  # P: windows of 1.8 s
     model, own = initial(CMMD, lambda path: load(path, CMMD), default, args), fingerprint(autoencoder)
+    if model.config.latent_channels != default.latent_channels:
+        raise ValueError(f"{args.vae}: its latents have {default.latent_channels} channels, the model's "
+                         f"{model.config.latent_channels}; leave latent_channels out of --config or give another --vae")
     if model.config.latents not in ("", own):
         raise ValueError(f"{args.vae}: another encoder, scale or shift than the model of --init was trained with")
     model.config = replace(model.config, shift=args.time_shift or model.config.shift, latents=own)
@@ -579,8 +586,9 @@ def train_cmmd(args):
 
     def evaluate(ema):
         figures = {}
-        for one in unseen:
-            file = f"cmmd-{re.sub('[^A-Za-z0-9]+', '-', one.name).strip('-')}-{state.step}.png"
+        names = [re.sub("[^A-Za-z0-9]+", "-", one.name).strip("-")[-40:] for one in unseen]
+        for i, (one, name) in enumerate(zip(unseen, names)):
+            file = f"cmmd-{name}{f'-{i}' if names.count(name) > 1 else ''}-{state.step}.png"
             found = one.figures(ema, Path(args.out) / file)
             figures |= {f"{name} {one.name}": x for name, x in found.items()}
         return figures
@@ -679,19 +687,20 @@ class HeldOut:
 def encoded_files(entry, cache, autoencoder, config, args):
     """An entry of --data -> FileCache of its clips in this autoencoder's latents, see `data.cache_clips`."""
     encode = lambda frames: autoencoder.encode(to_frames(frames)[None].to(args.device))[0]
-    around = config.frames / config.fps + 2 * args.shift[1]  # so that windows can be shifted
     return cache_clips(entry, cache, encode, fingerprint(autoencoder), config.fps, config.size, config.sample_rate,
-                       config.frames, around)
+                       config.frames, with_room(config, args.shift))
 
 
 def cached_clips(args, name, autoencoder, config):
     """--clips clips of the world `name`, encoded once into the cache or found there -> FileCache."""
     folder = Path(args.cache or Path(args.out) / "cache")
     folder.mkdir(parents=True, exist_ok=True)
-    seconds = config.frames / config.fps + 2 * args.shift[1]
+    remove_unfinished(folder, ".*.safetensors", age=86400)  # nothing that another process is still writing
+    seconds = with_room(config, args.shift)
     kind = f"{seconds:g}s-{config.fps:g}-{config.size}-{config.sample_rate}-{fingerprint(autoencoder)}"
     files = tuple(folder / f"{name}-{TRAINING_SEED + i}-{kind}.safetensors" for i in range(args.clips))
-    for i in range(0, len(files), 16):
+    parts = range(0, len(files), 16)
+    for i in [*parts[args.rank :: args.processes], *parts]:  # each process its own share first
         if missing := [file for file in files[i : i + 16] if not file.exists()]:
             seeds = [int(file.stem.split("-")[1]) for file in missing]
             clips = [WORLDS[name](seed, seconds, config.fps, config.size, config.sample_rate) for seed in seeds]
@@ -728,13 +737,22 @@ def initial(cls, read, default, args):
     default = given.config if given else default
     if unknown := set(args.config) - set(asdict(default)):
         raise ValueError(f"--config knows no {', '.join(sorted(unknown))}; it may hold {', '.join(asdict(default))}")
+    kinds = {int: int, float: (int, float), str: str, tuple: list}
+    for field in fields(default):
+        value, kind = args.config.get(field.name, getattr(default, field.name)), kinds.get(field.type, object)
+        endless = isinstance(value, float) and not math.isfinite(value)
+        if field.name in args.config and (not isinstance(value, kind) or isinstance(value, bool) or endless):
+            raise ValueError(f"--config: {field.name} is {json.dumps(value)}, expected "
+                             f"{'a list' if field.type is tuple else field.type.__name__}")
     try:
         network = cls(replace(default, **args.config))
         if given:
             network.load_state_dict(given.state_dict())
     except TypeError as error:
         raise ValueError(f"--config {json.dumps(args.config)}: a value is of the wrong kind ({error})") from None
-    except RuntimeError:
+    except RuntimeError as error:
+        if not given:
+            raise ValueError(f"--config {json.dumps(args.config)}: makes no {cls.__name__} ({error})") from None
         raise ValueError(f"--config {json.dumps(args.config)}: the weights of --init do not fit these sizes; leave out "
                          "one or the other") from None
     return network.to(args.device)
@@ -759,8 +777,12 @@ def check(args):
     if args.batch % (args.processes * args.accumulate) or (args.processes > 1 and args.task != "cmmd"):
         raise ValueError(f"--batch {args.batch} for {args.processes} processes and --accumulate {args.accumulate}: it "
                          "must be a multiple of their product, and only cmmd trains in several processes")
+    if args.task == "vae" and args.freeze_encoder and not args.init:
+        raise ValueError("--freeze-encoder keeps the encoder of --init; give one")
     if args.task != "cmmd":
         return
+    if args.margin is not None and not args.eta:
+        raise ValueError(f"--margin {args.margin:g} bounds the loss of --eta, which is 0: give --eta too, or neither")
     if args.eta and (args.batch < 2 or round(args.negatives * args.batch) < 1):
         raise ValueError(f"--eta {args.eta:g} with --negatives {args.negatives:g} of --batch {args.batch}: not one "
                          "sample has negatives; raise either")
@@ -798,7 +820,7 @@ def arguments(argv):
         task.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
         task.add_argument("--workers", type=number(0, 1000, int), default=1, help="processes that prepare batches")
         task.add_argument("--decay", choices=("cosine", "exponential"), default="cosine", help="of the learning rate")
-        task.add_argument("--gamma", type=float, default=0.999, help="exponential decay: the factor of a step")
+        task.add_argument("--gamma", type=number(0, 1), default=0.999, help="exponential decay: the factor of a step")
         for what, steps in (("log", 20), ("eval", 400), ("save", 100)):
             task.add_argument(f"--{what}-every", type=number(1, kind=int), default=steps, help="in steps")
         task.add_argument("--data", nargs="+", default=["bounce"], metavar="DATA", help="in equal shares: folders of "
@@ -810,8 +832,9 @@ def arguments(argv):
             task.add_argument("--freeze-encoder", action="store_true", help="train the decoder alone, latents stay")
         if name == "vocoder":
             task.add_argument("--seconds", type=number(0.1), default=4.0, help="length of the crops (paper: 4)")
-            task.add_argument("--adversarial-from", type=int, default=2000, help="first step with discriminators")
-            task.add_argument("--mel-weight", type=float, default=0.01, help="of the mel loss before that step")
+            task.add_argument("--adversarial-from", type=number(0, kind=int), default=2000,
+                              help="first step with discriminators")
+            task.add_argument("--mel-weight", type=number(0), default=0.01, help="of the mel loss before that step")
             task.add_argument("--discriminator-channels", type=int, default=256, help="at most (MelGAN's: 1024)")
         if name == "cmmd":
             model_arguments(task)
@@ -828,7 +851,7 @@ def model_arguments(task):
                       "computed, one after the other, to save memory")
     task.add_argument("--compile", action="store_true", help="torch.compile the model, for a GPU")
     task.add_argument("--vae", required=True, help="weights of the autoencoder")
-    task.add_argument("--first-lesson", type=int, default=400, help="steps with one side clean")
+    task.add_argument("--first-lesson", type=number(0, kind=int), default=400, help="steps with one side clean")
     task.add_argument("--motion", type=number(0, 1), nargs=2, default=(0.0, 0.0), metavar="P", help="share of "
                       "the video loss's weight that lies where the picture moves, during the first lesson and after it")
     task.add_argument("--time-shift", type=number(0.01, 100), help="of the video's noise level where both share "
@@ -854,10 +877,11 @@ def work(args):
     """The chosen training, whose result goes to TASK.safetensors; in the processes that torchrun started, if any, which
     are args.processes, of which only args.rank 0 speaks and writes."""
     args.rank, args.processes, local = torchrun_place()
-    if args.processes > 1 and args.device == "cuda":
-        args.device = f"cuda:{local}"
-        torch.cuda.set_device(local)
+    own = args.processes > 1 and args.device == "cuda"
+    args.device = f"cuda:{local}" if own else args.device
     check(args)
+    if own:
+        torch.cuda.set_device(local)
     if args.processes > 1:
         dist.init_process_group("nccl" if "cuda" in args.device else "gloo", timeout=timedelta(hours=2))
     try:

@@ -250,6 +250,9 @@ def quick_start(vae, frames):
     channels start with biases of +-2, so that the norms hide neither brightness nor contrast; residual branches start
     as nothing and latents with little noise. After the 1,600 steps of `train.py vae` PSNR is 30.0 dB on `bounce` and
     25.3 dB on `dance`, from the usual initialisation 24.1 and 20.8 dB."""
+    if min(vae.config.latent_channels, *vae.config.channels) < 3:
+        raise ValueError("a fresh VAE starts with a channel for each of R, G, B: give it at least 3 channels and "
+                         f"latent_channels, not {vae.config.channels} and {vae.config.latent_channels}")
     place = lambda width, k: k * (width // max(3, vae.config.groups)) if width > 3 else k  # the first of group k
     blur = torch.tensor([1.0, 2.0, 1.0]) / 4
     for name, module in vae.named_modules():

@@ -55,9 +55,9 @@ class VocoderConfig:
         for name in ("sample_rate", "n_fft", "hop", "mel_bins", "base", "residual_blocks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"VocoderConfig: {name} is {getattr(self, name)}, expected at least 1")
-        if not self.ratios or math.prod(self.ratios) != self.hop:
-            raise ValueError(f"VocoderConfig: ratios {self.ratios} multiply to {math.prod(self.ratios)}, "
-                             f"not to hop {self.hop}")
+        if not self.ratios or min(self.ratios) < 2 or math.prod(self.ratios) != self.hop:
+            raise ValueError(f"VocoderConfig: ratios {self.ratios}, each 2 or more, multiply to "
+                             f"{math.prod(self.ratios)}, not to hop {self.hop}")
         if self.n_fft < self.hop:
             raise ValueError(f"VocoderConfig: n_fft {self.n_fft} is shorter than hop {self.hop}: samples are skipped")
         if not 0 <= self.f_min < self.f_max <= self.sample_rate / 2:
