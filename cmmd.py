@@ -518,10 +518,13 @@ SHARES = (0.2, 0.1, 0.5, 0.2)  # of a batch: both sides at one t, each at its ow
 def draw_times(B, first_lesson=False, shares=SHARES, shift=1.0):
     """Noise levels for a batch -> t_video, t_audio (B,). Ours; the paper has one t for both.
 
-    Four kinds of samples, in these shares: one t for both (the picture's by `levels` and `shift`) and two, all drawn as
-    1 - u^2, towards high noise; clean video and clean audio, that side's t 0, the other's 1 in a quarter of them, which
-    is what sampling starts from, else uniform. The first lesson of a training: the last two kinds alone, the other
-    side's t 1 in half of them, else uniform from 0.7: there only the clean side can lower the loss."""
+    Four kinds of samples, in these `shares`, u being uniform in [0, 1):
+      one t         1 - u^2 of the sound, `levels` with `shift` of the picture
+      two t         1 - u^2 of each, drawn apart
+      clean video   0 of the picture; of the sound 1 in a quarter of them, where sampling starts, else u
+      clean audio   the other way round
+    The first lesson of a training has the last two alone, the noisy side's t 1 in half of them, else uniform from 0.7:
+    there only the clean side can lower the loss."""
     if first_lesson:
         side = torch.rand(B) * (shares[2] + shares[3]) < shares[2]
         t = (0.7 + 0.6 * torch.rand(B)).clamp(max=1.0)

@@ -243,8 +243,8 @@ def _in_chunks(function, x, chunk, pixels):
 
 @torch.no_grad()
 def quick_start(vae, frames):
-    """Prepare a fresh VAE for a short training, in place (ours): start as "average 8x8 pixels, blur them up again",
-    with the gain and offset of each colour fitted to `frames` (N, 3, 8H, 8W) in [-1, 1].
+    """Prepare a fresh VAE for a short training, in place (ours): it starts as one that averages 8x8 pixels and enlarges
+    them again with a blur, with the gain and offset of each colour fitted to `frames` (N, 3, 8H, 8W) in [-1, 1].
 
     One channel for each of R, G, B passes through every layer untouched, in a GroupNorm group of its own whose other
     channels start with biases of +-2, so that the norms hide neither brightness nor contrast; residual branches start
@@ -255,7 +255,7 @@ def quick_start(vae, frames):
                          f"latent_channels, not {vae.config.channels} and {vae.config.latent_channels}")
     place = lambda width, k: k * (width // max(3, vae.config.groups)) if width > 3 else k  # the first of group k
     blur = torch.tensor([1.0, 2.0, 1.0]) / 4
-    for name, module in vae.named_modules():
+    for name, module in vae.named_modules():  # what each convolution on the way does to the three channels
         if isinstance(module, (ResidualBlock, Attention)):
             zeroed(module.conv2 if isinstance(module, ResidualBlock) else module.to_out)
         if not isinstance(module, nn.Conv2d) or not name.endswith(("conv_in", ".conv", "conv_shortcut", "conv_out")):
@@ -279,7 +279,7 @@ def quick_start(vae, frames):
         nn.init.dirac_(zeroed(conv).weight)  # the identity
     vae.quant_conv.weight[vae.config.latent_channels :] = 0.0
     vae.quant_conv.bias[vae.config.latent_channels :] = -6.0
-    out, last = vae.reconstruct(vae.moments(frames)[0]), vae.decoder.conv_out
+    out, last = vae.reconstruct(vae.moments(frames)[0]), vae.decoder.conv_out  # what comes out, to be fitted by a line
     x, y = (z.transpose(0, 1).flatten(1) for z in (out, frames))  # (N, 3, 8H, 8W) -> (3, N*8H*8W)
     gain = ((x - x.mean(1, keepdim=True)) * (y - y.mean(1, keepdim=True))).mean(1) / x.var(1)
     last.weight.mul_(gain[:, None, None, None])
