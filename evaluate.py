@@ -83,15 +83,12 @@ TEST_SEED = 0  # first seed of the test clips; settings are chosen on validation
 
 # ---------------------------------------------------------------- tables and results
 
-def table(head, rows, *below):
-    """A markdown table, and the lines below it."""
-    line = lambda cells: f"| {' | '.join(map(str, cells))} |"
-    return "\n".join([line(head), "|---" * len(head) + "|", *map(line, rows), *([""] if below else []), *below])
+def table(columns, rows, *below):
+    """A markdown table of rows (dicts), and the lines below it. columns: {heading: format of a row's cell}."""
+    line = lambda cells: f"| {' | '.join(cells)} |"
+    lines = [line([cell.format_map(row) for cell in columns.values()]) for row in rows]
+    return "\n".join([line(columns), "|---" * len(columns) + "|", *lines, *([""] if below else []), *below])
 
-
-def span(value, interval):
-    """A figure and its 95 % interval, as the tables have them."""
-    return f"{value:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"
 
 
 def machine(device=None):
@@ -613,16 +610,15 @@ def row(metric, value=None, paper="", interval=(None, None), chance=None, ceilin
 
 def score_table(rows, *below):
     """A markdown table of `row`s, and what stands below it."""
-    lines = []
     digits = lambda x: "–" if x is None or np.isnan(x) else f"{x:.3f}" if abs(x) < 10 else f"{x:.1f}"
-    for line in rows:
-        name = f"{line['name']}: {line['metric']}" if "name" in line else line["metric"]
-        interval = "" if line["low"] is None else f" [{digits(line['low'])}, {digits(line['high'])}]"
-        p = "–" if line["p"] is None else format(line["p"], ".1g")
-        lines.append((name, line["paper"], digits(line["value"]) + interval, digits(line["chance"]), p,
-                      digits(line["ceiling"]), line["n"], line["note"]))
-    head = ["metric", "paper¹", "ours [95 %]", "chance²", "p⁴", "ceiling³", "n", "skipped, notes"]
-    return table(head, lines, "¹ CMMD / nCMMD / MM-Diffusion on AIST++. ² The same outputs against other clips' "
+    lines = [line | {key: digits(line[key]) for key in ("value", "low", "high", "chance", "ceiling")} | {
+        "metric": ": ".join(line[key] for key in ("name", "metric") if key in line),
+        "p": "–" if line["p"] is None else format(line["p"], ".1g")} for line in rows]
+    for line in lines:
+        line["ours"] = "{value} [{low}, {high}]".format_map(line).removesuffix(" [–, –]")
+    columns = {"metric": "{metric}", "paper¹": "{paper}", "ours [95 %]": "{ours}", "chance²": "{chance}", "p⁴": "{p}",
+               "ceiling³": "{ceiling}", "n": "{n}", "skipped, notes": "{note}"}
+    return table(columns, lines, "¹ CMMD / nCMMD / MM-Diffusion on AIST++. ² The same outputs against other clips' "
                  "truths. ³ The truth as output: through vocoder or VAE, with its own picture, or a part of the "
                  "reference against the rest. ⁴ Of no difference from chance, clip by clip (Wilcoxon).", *below)
 
@@ -921,13 +917,11 @@ def worlds(args):
     settings = {key: getattr(args, key) for key in ("steps", "guidance", "stochasticity", "sampler")
                 if getattr(args, key) is not None}
     check_sampling(condition="clean", **{"steps": None} | settings)
-    result = {key: getattr(args, key) for key in ("world", "make", "n", "seconds", "weights")}
-    result |= {"seeds": [args.seed_start, args.seed_start + args.n - 1], "settings": settings,
-               "embedding": args.embedding, "machine": machine(args.device)}
+    seeds = range(args.seed_start, args.seed_start + args.n)
+    result = {"seeds": [seeds[0], seeds[-1]], "settings": settings, "steps": {}, "variety": {}}
     with tempfile.TemporaryDirectory() as folder:
-        seeds = range(args.seed_start, args.seed_start + args.n)
         world = Worlds(models, args.world, args.make, seeds, args.seconds, args.batch, folder, embed)
-        rows, result["steps"], result["variety"] = world.ceilings(), {}, {}
+        rows = world.ceilings()
         both = args.make == "both"  # of which guide is replace
         for condition in dict.fromkeys("replace" if both and way == "guide" else way for way in args.condition):
             start = time.perf_counter()
@@ -944,7 +938,7 @@ def worlds(args):
             result["variety"]["the world's own"] = world.spread(*own)
         beats = beat_rows(world.found) if args.world == "dance" and args.make == "sound" else []
         result |= {"rows": beside_ceiling(rows) + beats, "found": world.found, **world.quality()}
-    return worlds_table(result), result
+    return worlds_table(args, result), result
 
 
 def world_files(args):
@@ -970,7 +964,8 @@ def beside_ceiling(rows):
         if line["metric"].startswith("F1") and not line["name"].startswith("true"):
             pairs = zip(line["counts"], top["counts"])
             counts = np.array([pair for pair in pairs if None not in pair])  # (N, 2, counts)
-            share = f"{span(float(ratio(counts.sum(0))), bootstrap(counts, ratio))} of the ceiling"
+            low, high = bootstrap(counts, ratio)
+            share = f"{ratio(counts.sum(0)):.3f} [{low:.3f}, {high:.3f}] of the ceiling"
             out[-1]["note"] = "; ".join(filter(None, (line["note"], share)))
     return out
 
@@ -984,29 +979,29 @@ def beat_rows(found):
             for line in pair_rows(measure, [([x], y, again) for x, y, again in zip(one, true, through)])]
 
 
-def worlds_table(result):
-    """The markdown table, and the lines below it."""
+def worlds_table(args, result):
+    """The markdown tables, and the lines below them."""
     settings = [f"{name}: {n} steps" for name, n in result["steps"].items()]
     settings += [f"{key} {value}" for key, value in result["settings"].items() if key != "steps"]
     vocoder, slow, (first, last) = result["vocoder"], result["griffin_lim"], result["seeds"]
     what = {"sound": "of what is heard against the true events", "picture": "of what is seen against the true events",
-            "both": "of what is heard against what is seen"}[result["make"]]
-    what += f"; Fréchet distances are on {result['embedding']}" if result["embedding"] else ""
-    if result["make"] != "sound":
+            "both": "of what is heard against what is seen"}[args.make]
+    what += f"; Fréchet distances are on {args.embedding}" if args.embedding else ""
+    if args.make != "sound":
         what += "; Fréchet distances of frames are on their latents, to those of as many other true clips"
     text = score_table(
         result["rows"], f"F1 and kinds: {what}.",
-        f"n = {result['n']} clips of {result['seconds']} s of {result['world']}, seeds {first} to {last}; weights "
-        f"{result['weights']}; {', '.join(settings)}; {result['machine']}.",
+        f"n = {args.n} clips of {args.seconds} s of {args.world}, seeds {first} to {last}; weights {args.weights}; "
+        f"{', '.join(settings)}.",
         f"VAE PSNR {result['vae_psnr']:.2f} dB (8 x bicubic {result['bicubic_psnr']:.2f} dB). Vocoder mel L1 "
         f"{vocoder['mel_l1']:.3f} (Griffin-Lim {slow['mel_l1']:.3f}), STFT distance {vocoder['stft']:.3f} "
         f"({slow['stft']:.3f}).")
     if not result["variety"]:
         return text
     figures = lambda values: ", ".join(f"{value:.3g}" for value in values)
-    ways = result["variety"].values()
-    return f"{text}\n\n" + table(["variety", *result["variety"]], [
-        (key, *(figures(one[key]) for one in ways)) for key in result["variety"]["the world's own"]])
+    lines = [{"variety": key} | {way: figures(one[key]) for way, one in result["variety"].items()}
+             for key in result["variety"]["the world's own"]]
+    return f"{text}\n\n" + table({way: f"{{{way}}}" for way in lines[0]}, lines)
 
 
 def compare(args):
@@ -1080,12 +1075,11 @@ def pairs(args):
     found = retrieval(models.cmmd, latents, mel)
     names = [f"{side}_{name}" for side in ("video", "audio") for name in ("right", "shifted", "swapped")]
     text = table(
-        ["t", *(name.replace("_", ", ") for name in names)],
-        [(row["t"], *(f"{row[name]:.3f}" for name in names)) for row in rows],
+        {"t": "{t}"} | {name.replace("_", ", "): f"{{{name}:.3f}}" for name in names}, rows,
         f"Mean squared velocity errors, n = {args.n}. The right one of {CANDIDATES} sounds has the lowest loss: "
         f"{found['retrieval']:.3f}, by the video's alone {found['retrieval_by_video']:.3f} (n = "
-        f"{found['retrieval_n']}, chance {1 / CANDIDATES:.3f}); weights {args.weights}; {machine(args.device)}.")
-    return text, {"n": args.n, "weights": args.weights, "machine": machine(args.device), "rows": rows, **found}
+        f"{found['retrieval_n']}, chance {1 / CANDIDATES:.3f}); weights {args.weights}.")
+    return text, {"rows": rows, **found}
 
 
 @torch.no_grad()
@@ -1243,7 +1237,7 @@ def folders(args):
     """The command `folders`: clips against the true ones, the paper's values beside; the word may be left out."""
     embed = embedder(args.embedding, files=not args.seconds) if args.embedding else None
     i3d = load_i3d(args.i3d, args.device) if args.i3d else None
-    config, result = VocoderConfig(), {"generated": args.generated, "reference": args.reference}
+    config, result = VocoderConfig(), {}
     pairs, unmatched, others = match_folders(args.generated, args.reference)
     fps = common_rate(path for pair in pairs for path in (*pair.generated, pair.reference))
     heard, left_out = listen(pairs, args, embed, config, fps)
@@ -1264,16 +1258,14 @@ def folders(args):
     if embed and len(clips) > 1:
         rows += fad_rows(clips, [embed(path, wave) for path, wave in read(others)], result)
     rows += video_rows(pairs, i3d, args) if i3d else ()
-    result |= {"clips": len(pairs), "names": list(heard), "draws": len(pairs[0].generated), "seconds": args.seconds,
-               "machine": machine(args.device),
-               "left_out": [*left_out, *(f"{path}: not in {args.reference}" for path in unmatched)], "rows": rows}
-    asked = {"FAD (--embedding)": embed, "FVD, KVD (--i3d)": i3d}
-    result["not_asked"] = [name for name, given in asked.items() if not given]
-    left = result["left_out"]
-    notes = [f"Left out: {left[0]}" + (f", and {len(left) - 1} more" if left[1:] else "") + "."] if left else []
-    notes += [f"Not asked for: {', '.join(result['not_asked'])}."] if result["not_asked"] else []
-    title = f"{args.generated} against {args.reference}: {len(pairs)} clips, {result['draws']} draw(s) of each."
-    return score_table(rows, title, *notes), result
+    left_out += [f"{path}: not in {args.reference}" for path in unmatched]
+    not_asked = [what for what, given in (("FAD (--embedding)", embed), ("FVD, KVD (--i3d)", i3d)) if not given]
+    draws = len(pairs[0].generated)
+    notes = [f"{args.generated} against {args.reference}: {len(pairs)} clips, {draws} draw(s) of each."]
+    notes += [f"Left out ({len(left_out)}): {left_out[0]}."] if left_out else []
+    notes += [f"Not asked for: {', '.join(not_asked)}."] if not_asked else []
+    return score_table(rows, *notes), result | {"clips": len(pairs), "names": list(heard), "draws": draws,
+                                                "left_out": left_out, "not_asked": not_asked, "rows": rows}
 
 
 # ---------------------------------------------------------------- figures
@@ -1504,16 +1496,17 @@ def study_read(args):
     opinions = []
     for (question, model), raters in sorted(means.items()):
         x = list(raters.values())
-        figures = f"{np.mean(x):.2f}", f"{np.median(x):.2f}", f"{min(x):.2f}–{max(x):.2f}", len(x)
-        opinions.append((question, model, *figures))
+        opinions.append({"question": question, "model": model, "mean": np.mean(x), "median": np.median(x),
+                         "low": min(x), "high": max(x), "raters": len(x)})
     pairs = [(a, b) for a, b in itertools.combinations(sorted(means), 2) if a[0] == b[0]]
     tests = [signed_rank([means[a][r] - means[b][r] for r in means[a] if r in means[b]]) for a, b in pairs]
-    holms = holm([test[1] for test in tests])
-    compared = [(question, f"{one} – {two}", f"{w:g}", n, zeros, f"{p:.4f}", f"{q:.4f}")
-                for ((question, one), (_, two)), (w, p, n, zeros), q in zip(pairs, tests, holms)]
-    print(table(["question", "model", "MOS", "median", "range", "raters"], opinions), end="\n\n")
-    print(table(["question", "models", "W", "n", "zeros", "p", "p, Holm"], compared, "Means per rater. Wilcoxon "
-                "signed-rank: two-sided, exact, midranks, zeros dropped; Holm over all tests."))
+    compared = [{"question": a[0], "one": a[1], "two": b[1], "w": w, "p": p, "n": n, "zeros": zeros, "holm": q}
+                for (a, b), (w, p, n, zeros), q in zip(pairs, tests, holm([p for _, p, *_ in tests]))]
+    print(table({"question": "{question}", "model": "{model}", "MOS": "{mean:.2f}", "median": "{median:.2f}",
+                 "range": "{low:.2f}–{high:.2f}", "raters": "{raters}"}, opinions), end="\n\n")
+    print(table({"question": "{question}", "models": "{one} – {two}", "W": "{w:g}", "n": "{n}", "zeros": "{zeros}",
+                 "p": "{p:.4f}", "p, Holm": "{holm:.4f}"}, compared,
+                "Means per rater. Wilcoxon signed-rank: two-sided, exact, midranks, zeros dropped; Holm over all tests."))
     if args.figure:
         draw(draw_mos, means, args.figure)
 
@@ -1547,13 +1540,12 @@ def vocoder(args):
             row = {"data": entry, "n": len(waves), "sound": name}
             rows.append(row | vocoder_row(way, waves, config, embed, truth))
             print(f"{entry}: {name} done", file=sys.stderr, flush=True)
-    text = table(
-        ["sounds", "n", "made by", "mel L1 [95 %]", "STFT distance [95 %]", "Fréchet distance"],
-        [(row["data"], row["n"], row["sound"], *(span(row[key], row[f"{key}_interval"]) for key in ("mel_l1", "stft")),
-          f"{row['frechet']:.2f}" if embed else "–") for row in rows],
-        f"Up to {args.seconds:g} s of every sound; Fréchet distance on embeddings of "
-        f"{args.embedding or 'nothing (--embedding)'}; {machine('cpu')}.")
-    return text, {"settings": {key: str(value) for key, value in vars(args).items()}, "rows": rows}
+    columns = {"sounds": "{data}", "n": "{n}", "made by": "{sound}",
+               "mel L1 [95 %]": "{mel_l1:.3f} [{mel_l1_interval[0]:.3f}, {mel_l1_interval[1]:.3f}]",
+               "STFT distance [95 %]": "{stft:.3f} [{stft_interval[0]:.3f}, {stft_interval[1]:.3f}]",
+               "Fréchet distance": "{frechet:.2f}" if embed else "–"}
+    return table(columns, rows, f"Up to {args.seconds:g} s of every sound; Fréchet distance on embeddings of "
+                 f"{args.embedding or 'nothing (--embedding)'}."), {"rows": rows}
 
 
 FRONT = ("sample_rate", "n_fft", "hop", "mel_bins", "f_min", "f_max")  # what makes two vocoders' mels the same
@@ -1605,6 +1597,7 @@ def vocoder_row(way, waves, config, embed, truth):
 
 # ---------------------------------------------------------------- speed
 
+
 def speed(args):
     """The command `speed`: seconds by stage and peak memory of sound for a video file, a fresh process per length."""
     rows = []
@@ -1613,14 +1606,12 @@ def speed(args):
             path, clip = Path(folder) / f"{seconds:g}.mp4", bounce(TEST_SEED, seconds=seconds)
             write_clip(path, clip.video, fps=clip.fps)
             rows.append({"seconds": seconds} | alone(timed_sample, path, args))
-    stages = [key for key in rows[0] if key not in ("seconds", "peak_mib")]
-    text = table(
-        ["video", *stages, "per second of video", "peak memory"],
-        [(f"{row['seconds']:g} s", *(f"{row[stage]:.2f}" for stage in stages), f"{row['total'] / row['seconds']:.3f}",
-          f"{row['peak_mib']:.0f} MiB") for row in rows],
-        f"Seconds, after import and loading, one fresh process per length; weights {args.weights}, {args.steps} steps; "
-        f"{machine(args.device)}.")
-    return text, {"weights": args.weights, "steps": args.steps, "machine": machine(args.device), "rows": rows}
+            rows[-1]["share"] = rows[-1]["total"] / seconds
+    stages = ("read", "encode", "generate", "decode", "write", "other", "total")
+    columns = {"video": "{seconds:g} s"} | {stage: f"{{{stage}:.2f}}" for stage in stages} | {
+        "per second of video": "{share:.3f}", "peak memory": "{peak_mib:.0f} MiB"}
+    return table(columns, rows, "Seconds, after import and loading, one fresh process per length; weights "
+                 f"{args.weights}, {args.steps} steps."), {"rows": rows}
 
 
 def timed(calls, repeats, clock):
@@ -1704,24 +1695,20 @@ def ports(args):
         seconds = timed(pair, args.repeats, time.process_time)  # of the processor: others' work counts little
         del pair
         memory = [alone(port_memory, what, side, args.frames, args.size, args) for side in (0, 1)]
-        rows.append({"what": what, "apart": apart, "seconds": [float(np.median(x)) for x in seconds],
-                     "ranges": [[min(x), max(x)] for x in seconds], "mib": memory})
+        median = [float(np.median(x)) for x in seconds]
+        rows.append({"what": what, "apart": apart, "seconds": median, "ranges": [[min(x), max(x)] for x in seconds],
+                     "mib": memory, "time_ratio": median[0] / median[1], "memory_ratio": memory[0] / memory[1]})
         print(f"{what} done", file=sys.stderr, flush=True)
     lengths = (64, 600) if "VAE decode" in args.only else ()  # 64 frames of 32 x 32 are the most decoded at a time
     long = {n: alone(port_memory, "VAE decode", 0, n, 32, args) for n in lengths}
-    lines = []
-    for row in rows:
-        (ours, theirs), (our_mib, their_mib) = row["seconds"], row["mib"]
-        lines.append((row["what"], f"{ours:.3g} s", f"{theirs:.3g} s", f"{ours / theirs:.2f}", f"{our_mib:.0f} MiB",
-                      f"{their_mib:.0f} MiB", f"{our_mib / their_mib:.2f}", f"{row['apart']:.1e}"))
-    text = table(
-        ["", "ours", "original", "time ratio", "our memory", "original's", "memory ratio", "largest difference"], lines,
-        f"{args.frames} frames of {args.size} x {args.size}, 600 mel frames, the mel of 60 s; medians of "
-        f"{args.repeats} interleaved repeats in processor seconds; peak memory of a first call beyond weights, input "
-        f"and result; {machine('cpu')}.",
-        *(f"VAE decode of {frames} frames of 32 x 32: {mib:.0f} MiB." for frames, mib in long.items()))
-    return text, {"frames": args.frames, "size": args.size, "repeats": args.repeats, "machine": machine("cpu"),
-                  "rows": rows, "long": long}
+    columns = {"": "{what}", "ours": "{seconds[0]:.3g} s", "original": "{seconds[1]:.3g} s",
+               "time ratio": "{time_ratio:.2f}", "our memory": "{mib[0]:.0f} MiB", "original's": "{mib[1]:.0f} MiB",
+               "memory ratio": "{memory_ratio:.2f}", "largest difference": "{apart:.1e}"}
+    said = (f"{args.frames} frames of {args.size} x {args.size}, 600 mel frames, the mel of 60 s; medians of "
+            f"{args.repeats} interleaved repeats in processor seconds; peak memory of a first call beyond weights, "
+            "input and result.")
+    decoded = (f"VAE decode of {frames} frames of 32 x 32: {mib:.0f} MiB." for frames, mib in long.items())
+    return table(columns, rows, said, *decoded), {"rows": rows, "long": long}
 
 
 def port_pair(what, frames, size, args):
@@ -1805,7 +1792,9 @@ def memory_of_call(function):
 
 # ---------------------------------------------------------------- bench
 
-BENCH = ("pass", "mm-diffusion", "bare", "step", "negatives 12.5 %", "negatives 25 %", "negatives 50 %")
+BENCH = {"pass": "a pass, one clip", "mm-diffusion": "a pass of MM-Diffusion's U-Net, one clip",
+         "bare": "forward and backward", "step": "step of training",
+         **{f"negatives {share} %": f"step with negatives {share} %" for share in (12.5, 25, 50)}}
 MM_DIFFUSION = dict(  # its own script's settings: 1.6 s at 64 px, the wave at 16 kHz
     video_size=(16, 3, 64, 64), audio_size=(1, 25600), model_channels=128, video_out_channels=3, audio_out_channels=1,
     num_res_blocks=2, cross_attention_resolutions=[2, 4, 8], cross_attention_windows=[1, 4, 8],
@@ -1828,22 +1817,16 @@ def bench(args):
         if what == "mm-diffusion" and (not args.mm_diffusion or size != args.sizes[0]):
             continue
         rows.append(alone(bench_row, what, size, args))
-    said = {"pass": "a pass, one clip", "mm-diffusion": "a pass of MM-Diffusion's U-Net, one clip",
-            "bare": "forward and backward", "step": "step of training"}
-    lines = []
     for row in rows:
-        passes, seconds = PASSES.get(row["what"], ""), row["seconds"]
-        what = said.get(row["what"], f"step with {row['what']}")
-        lines.append((what, row["size"], f"{row['parameters'] / 1e6:.1f} M", f"{row['gflop']:.4g}", f"{seconds:.3g}",
-                      f"{row['clips'] / seconds:.3g}", f"{row['mib']:.0f} MiB", passes,
-                      f"{passes * seconds:.3g}" if passes else ""))
-    text = table(
-        ["", "size", "parameters", "GFLOP", "seconds", "clips/s", "peak memory", "passes a clip", "seconds a clip"],
-        lines, f"Random weights and data; steps over batches of {args.batch} clips of 1.8 s at 64 px; medians of "
-        f"{args.repeats} repeats; memory: peak of a first call beyond weights and input; {args.device}, "
-        f"{machine(args.device)}.")
-    return text, {"rows": rows, "batch": args.batch, "repeats": args.repeats, "machine": machine(args.device),
-                  "device": args.device}
+        passes = PASSES.get(row["what"], "")
+        row |= {"said": BENCH[row["what"]], "millions": row["parameters"] / 1e6, "rate": row["clips"] / row["seconds"],
+                "passes": passes, "whole": f"{passes * row['seconds']:.3g}" if passes else ""}
+    columns = {"": "{said}", "size": "{size}", "parameters": "{millions:.1f} M", "GFLOP": "{gflop:.4g}",
+               "seconds": "{seconds:.3g}", "clips/s": "{rate:.3g}", "peak memory": "{mib:.0f} MiB",
+               "passes a clip": "{passes}", "seconds a clip": "{whole}"}
+    return table(columns, rows, f"Random weights and data; steps over batches of {args.batch} clips of 1.8 s at 64 px; "
+                 f"medians of {args.repeats} repeats; memory: peak of a first call beyond weights and input; "
+                 f"{args.device}."), {"rows": rows}
 
 
 def bench_row(what, name, args):
@@ -1938,16 +1921,17 @@ def main(argv=None):
 
 def run_command(command, args):
     """Refuse an --out that cannot be written, before any work; then print what command(args) returns, a text, and write
-    its result. Commands without a result print for themselves."""
+    its result beside the settings. Commands without a result print for themselves."""
     outs = getattr(args, "out", None) or ()
     for path in outs:
         check_output(path, (".json", ".csv"))
     made = command(args)
     if made:
         text, result = made
-        print(text)
+        where = machine(getattr(args, "device", "cpu"))
+        print(f"{text}\nMeasured on {where}.")
         for path in outs:
-            write_result(path, result)
+            write_result(path, vars(args) | {"machine": where} | result)
 
 
 def arguments():
@@ -2022,7 +2006,7 @@ OPTIONS = (
     ("ports", "--melgan", "a clone of descriptinc/melgan-neurips", {}),
     ("ports", "--frames", "", dict(type=int, default=18)),
     ("ports", "--size", "of their sides in pixels", dict(type=int, default=128)),
-    ("bench", "--only", "(default: all)", dict(nargs="+", default=BENCH, choices=BENCH)),
+    ("bench", "--only", "(default: all)", dict(nargs="+", default=list(BENCH), choices=BENCH)),
     ("bench", "--sizes", "(default: both)", dict(nargs="+", default=list(SIZES), choices=SIZES)),
     ("bench", "--config", "other sizes or fusion, as train.py takes: JSON", dict(type=json_object, default={})),
     ("bench", "--mm-diffusion", "a clone of researchmm/MM-Diffusion", dict(metavar="CLONE")),
