@@ -1,25 +1,9 @@
 """Measurements: scores against known events, and the speed of the whole chain.
 
-In reading order
-    matching and scores    match, scores of counts, bootstrap
-    onsets                 onset_flux, onsets: the detector, the same for true and for made sounds
-    pitch                  pitch_kind: which ball a sound belongs to; impacts: all that is heard of them
-    events in pictures     picture_events: impacts of balls and beats of a dance, seen in true or made frames
-    envelopes              envelope, envelope_correlation (plain and residual)
-    pictures and vocoders  psnr, bicubic_baseline, vocoder_quality
-    heard and seen         rhythm, motion, av_align, hear: all that is measured of one clip
-    scores of pairs        measures: every score of clips (Table 2); pair_rows: with interval, chance and ceiling
-    distances between sets frechet, kernel_distance; video_rows (Table 1), audio_distances
-    worlds                 held-out clips with known events in every direction: what is made, heard and seen; variety
-    right and wrong pairs  pairs: the loss of true, shifted and swapped sounds by noise level, and retrieval
-    folders of clips       match_folders, listen, folders: clips of any model against the true ones
-    figures                the paper's Fig. 2 and 4; how Eq. 6 trained, frames of clips, F1 by steps
-    the user study         study_make: the rating page; study_read: MOS, Fig. 5, signed_rank, holm
-    vocoder                how near to true sounds vocoders come, over folders of files, beside Griffin-Lim
-    speed                  seconds by stage, and peak memory, in a fresh process per length
-    ports                  our VAE, vocoder and mel beside the originals: time and memory
-    bench                  the model's passes and training steps beside MM-Diffusion's: time, FLOPs, memory
-    command line           python evaluate.py worlds | compare | pairs | folders ... (--help)
+In reading order: match, scores and bootstrap; onsets, the detector, the same for true and for made sounds, and pitch;
+picture_events, the same for frames; curves, pictures and vocoders; all that is measured of one clip (Heard); measures
+and pair_rows, every score of clips with interval, chance and ceiling (Table 2); distances between sets (Table 1). Then
+the commands, each with what it needs: worlds, compare, pairs, folders, figure, study, vocoder, speed, ports, bench.
 
 Letters: B batch, T video frames, C channels, H W latent height and width, M mel bins, L mel frames, S samples,
 N clips, K kinds of ball. Times are seconds. Every score of clips is printed beside its chance level, its ceiling and n.
@@ -180,7 +164,7 @@ def bootstrap(counts, statistic):
     return tuple(np.percentile(values, (2.5, 97.5)).tolist()) if len(values) else (np.nan, np.nan)
 
 
-# ---------------------------------------------------------------- onsets
+# ---------------------------------------------------------------- onsets and pitch
 
 def onset_flux(mel):
     """Mean over bins of what rises from one frame to the next: log10 mel (M, L) -> (L,), the first 0."""
@@ -197,8 +181,6 @@ def onsets(mel, hop_seconds):
     frames = np.flatnonzero(first & (flux >= FLUX_THRESHOLD))
     return (frames + 0.5) * hop_seconds - ONSET_BIAS
 
-
-# ---------------------------------------------------------------- pitch
 
 def pitch_templates(config):
     """What a pure tone at each of KIND_PITCH looks like in linear mel, scaled to respond 1 to itself: (K, M)."""
@@ -331,7 +313,7 @@ def _hue_likeness(frames):
     return (frames - frames.mean(-1, keepdims=True)) @ hues.T
 
 
-# ---------------------------------------------------------------- envelopes
+# ---------------------------------------------------------------- curves, pictures and vocoders
 
 def envelope(mels):
     """Mean over bins of log mels (N, M, L) -> (N, L)."""
@@ -350,8 +332,6 @@ def envelope_correlation(generated, true, training_mean=None):
     with np.errstate(invalid="ignore"):
         return (a * b).sum(1) / np.sqrt((a ** 2).sum(1) * (b ** 2).sum(1))
 
-
-# ---------------------------------------------------------------- pictures and vocoders
 
 def psnr(a, b):
     """dB per frame between frames (..., 3, H, W) in [0, 1] -> (...)."""
@@ -778,7 +758,7 @@ class Worlds:
     @torch.no_grad()
     def encode(self):
         """Video files -> latents (N, T, C, H, W) on the CPU, and PSNR per frame of the VAE and of the baseline."""
-        path, videos, latents, own, bicubic = Path(self.folder) / "clip.mp4", [], [], [], []
+        path, videos, latents, quality = Path(self.folder) / "clip.mp4", [], [], []
         for clip in self.clips:  # as a viewer gets them
             write_clip(path, clip.video, fps=self.fps)
             videos.append(read_video(path, self.fps, size=clip.video.shape[1]))
@@ -786,15 +766,10 @@ class Worlds:
             frames = to_frames(np.stack(part))
             latents.append(self.models.vae.encode(frames.to(self.device)).cpu())
             back = self.models.vae.decode(latents[-1].to(self.device)).cpu()
-            true = (frames.flatten(0, 1) + 1) / 2  # (B, T, 3, H, W) -> (B*T, 3, H, W) in [0, 1]
-            own.append(psnr((back.flatten(0, 1) + 1) / 2, true))
-            bicubic.append(psnr(bicubic_baseline(true), true))
+            back, true = ((x.flatten(0, 1) + 1) / 2 for x in (back, frames))  # (B*T, 3, H, W) in [0, 1]
+            quality.append(torch.stack([psnr(back, true), psnr(bicubic_baseline(true), true)]))
         self.latents = torch.cat(latents)
-        self.psnr, self.psnr_bicubic = float(torch.cat(own).mean()), float(torch.cat(bicubic).mean())
-
-    def draw(self, latents):
-        """Latents (N, T, C, H, W) -> N videos uint8 (T, H, W, 3)."""
-        return [to_uint8(self.models.vae.decode(one[None].to(self.device)))[0] for one in latents]
+        self.psnr, self.psnr_bicubic = torch.cat(quality, 1).mean(1).tolist()
 
     @torch.no_grad()
     def vocode(self, mel):
@@ -829,13 +804,12 @@ class Worlds:
     def heard(self, waves):
         """What is heard in waves (N, S) -> Events of each: impacts in `bounce`; in `dance` beats, by librosa, or, to be
         held against what is seen of the same clip, all onsets, of which only those on a beat can match."""
+        rate, mels = self.config.sample_rate, log_mel(waves, self.config).numpy()
         if self.name == "bounce":
-            return impacts(log_mel(waves, self.config).numpy(), self.config)
-        if self.make == "sound":
-            times = [rhythm(wave.numpy(), self.config.sample_rate)[0] for wave in waves]
-        else:
-            hop = self.config.hop / self.config.sample_rate
-            times = [onsets(mel, hop) for mel in log_mel(waves, self.config).numpy()]
+            return impacts(mels, self.config)
+        beats = self.make == "sound"
+        times = [rhythm(wave.numpy(), rate)[0] if beats else onsets(mel, self.config.hop / rate)
+                 for wave, mel in zip(waves, mels)]
         return [Events(found, "beats tell no dancer") for found in times]
 
     def timbre(self, waves):
@@ -866,16 +840,12 @@ class Worlds:
         self.found[name] = [None if events is stranger else events.times.round(4).tolist() for events in found]
         return [{"name": name} | line for line in rows if line["value"] is not None]
 
-    def ceilings(self):
-        """Rows of the truth, as it is and through the networks that anything made goes through."""
-        through = {"sound": "mel and vocoder", "picture": "the VAE", "both": "VAE, mel and vocoder"}[self.make]
-        return [*self.rows("true (raw ceiling)", [clip.video for clip in self.clips], self.true),
-                *self.rows(f"true, through {through} (chain ceiling)", *self.decoded(self.latents, self.mel))]
-
     def decoded(self, latents, mel):
-        """Latents (N, T, C, H, W) and log mel (N, M, L) -> videos, waves; None for what `rows` does not look at."""
-        return (None if self.make == "sound" else self.draw(latents),
-                None if self.make == "picture" else self.vocode(mel))
+        """Latents (N, T, C, H, W) and log mel (N, M, L) -> N videos uint8 (T, H, W, 3), N waves; None for what `rows`
+        does not look at."""
+        videos = None if self.make == "sound" else [
+            to_uint8(self.models.vae.decode(one[None].to(self.device)))[0] for one in latents]
+        return videos, None if self.make == "picture" else self.vocode(mel)
 
     def spread(self, videos, latents, mel):
         """How varied N clips are: distances (root mean square) of any two, kinds, counts and tempi seen -> dict."""
@@ -921,7 +891,10 @@ def worlds(args):
     result = {"seeds": [seeds[0], seeds[-1]], "settings": settings, "steps": {}, "variety": {}}
     with tempfile.TemporaryDirectory() as folder:
         world = Worlds(models, args.world, args.make, seeds, args.seconds, args.batch, folder, embed)
-        rows = world.ceilings()
+        rows = world.rows("true (raw ceiling)", [clip.video for clip in world.clips], world.true)
+        through = {"sound": "mel and vocoder", "picture": "the VAE", "both": "VAE, mel and vocoder"}[args.make]
+        chain = world.decoded(world.latents, world.mel)
+        rows += world.rows(f"true, through {through} (chain ceiling)", *chain)
         both = args.make == "both"  # of which guide is replace
         for condition in dict.fromkeys("replace" if both and way == "guide" else way for way in args.condition):
             start = time.perf_counter()
@@ -934,8 +907,7 @@ def worlds(args):
                 result["variety"][condition] = world.spread(videos, *(x[own] for x in made))
             print(f"{condition}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
         if both:
-            own = world.draw(world.latents), world.latents, world.mel
-            result["variety"]["the world's own"] = world.spread(*own)
+            result["variety"]["the world's own"] = world.spread(chain[0], world.latents, world.mel)
         beats = beat_rows(world.found) if args.world == "dance" and args.make == "sound" else []
         result |= {"rows": beside_ceiling(rows) + beats, "found": world.found, **world.quality()}
     return worlds_table(args, result), result
@@ -1145,6 +1117,7 @@ def match_folders(generated, reference):
     return pairs, [p for p in made.values() if p not in used], [true[name] for name in true if name not in found]
 
 
+@torch.no_grad()
 def listen(pairs, args, embed, config, fps):
     """Every clip of the pairs, heard -> {name: (K Heard, the truth Heard, and through --vocoder and --vae or None)},
     and why others were left out. Outputs and truth are cut to the same length; movement is seen at `fps`."""
@@ -1171,7 +1144,9 @@ def listen(pairs, args, embed, config, fps):
                        for wave, path, (peaks, moved) in zip(waves, paths, [*seen, truth]))
         again = Heard(sound_peaks=true.sound_peaks)
         if vocoder:
-            again = hear(through_vocoder(waves[-1], vocoder), config, truth[0])
+            padded = np.pad(waves[-1], (0, -len(waves[-1]) % vocoder.config.hop))
+            wave = vocoder.decode(log_mel(torch.from_numpy(padded)[None], vocoder.config))[0, :len(waves[-1])]
+            again = hear(wave.numpy(), config, truth[0])
         if vae:
             again = again._replace(movement=movement(pair.reference, fps, args.seconds, vae))
         clips[pair.name] = made, true, again if vocoder or vae else None
@@ -1187,12 +1162,6 @@ def readable(paths, sample_rate, seconds, left_out):
             left_out.append(str(error))
 
 
-def through_vocoder(wave, vocoder):
-    """A wave (S,), made anew from its mel: the most that any model with this vocoder could reach."""
-    padded = torch.from_numpy(np.pad(wave, (0, -len(wave) % vocoder.config.hop)))[None]
-    with torch.no_grad():
-        return vocoder.decode(log_mel(padded, vocoder.config))[0, :len(wave)].numpy()
-
 
 def add_typical(clips, train=(), moved=()):
     """Cut all envelopes to one length, and give every truth their median level and what to expect at each position: the
@@ -1200,21 +1169,21 @@ def add_typical(clips, train=(), moved=()):
     length = min(map(len, [*train, *(x.envelope for made, true, _ in clips for x in (*made, true))]))
     cut = lambda heard: heard and heard._replace(envelope=heard.envelope[:length])
     clips = [([cut(x) for x in made], cut(true), cut(again)) for made, true, again in clips]
-    truths = [true for _, true, _ in clips]
-    typical = expected([true.envelope for true in truths], train)
-    usual = iter(expected([true.movement for true in truths if not isinstance(true.movement, str)], moved))
-    level = np.median(np.concatenate(train or [true.envelope for true in truths]))
-    return [(made, true._replace(typical=x, level=level, usual=0 if isinstance(true.movement, str) else next(usual)),
-             again) for x, (made, true, again) in zip(typical, clips)]
+    envelopes, movements = zip(*((true.envelope, true.movement) for _, true, _ in clips))
+    level = np.median(np.concatenate(train or envelopes))
+    return [(made, true._replace(typical=typical, level=level, usual=usual), again)
+            for (made, true, again), typical, usual in zip(
+                clips, expected(envelopes, train), expected(movements, moved))]
 
 
 def expected(curves, train=()):
-    """What to expect of each of N curves (n,), as far as all go: the mean of `train`'s, or else of the others."""
-    length = min(map(len, [*curves, *train]), default=0)
-    curves = [x[:length] for x in curves]
-    if train:
-        return [np.mean([x[:length] for x in train], axis=0)] * len(curves)
-    return [(sum(curves) - x) / max(1, len(curves) - 1) for x in curves]
+    """What to expect of each of N curves (n,), as far as all go: the mean of `train`'s, or else of the others. A string
+    in place of a curve says why there is none, and stays."""
+    known = [x for x in curves if not isinstance(x, str)]
+    length = min(map(len, [*known, *train]), default=0)
+    total = sum(x[:length] for x in train or known)
+    mean = lambda x: total / len(train) if train else (total - x[:length]) / max(1, len(known) - 1)
+    return [x if isinstance(x, str) else mean(x) for x in curves]
 
 
 def fad_rows(clips, others, result):
@@ -1505,8 +1474,8 @@ def study_read(args):
     print(table({"question": "{question}", "model": "{model}", "MOS": "{mean:.2f}", "median": "{median:.2f}",
                  "range": "{low:.2f}–{high:.2f}", "raters": "{raters}"}, opinions), end="\n\n")
     print(table({"question": "{question}", "models": "{one} – {two}", "W": "{w:g}", "n": "{n}", "zeros": "{zeros}",
-                 "p": "{p:.4f}", "p, Holm": "{holm:.4f}"}, compared,
-                "Means per rater. Wilcoxon signed-rank: two-sided, exact, midranks, zeros dropped; Holm over all tests."))
+                 "p": "{p:.4f}", "p, Holm": "{holm:.4f}"}, compared, "Means per rater. Wilcoxon "
+                "signed-rank: two-sided, exact, midranks, zeros dropped; Holm over all tests."))
     if args.figure:
         draw(draw_mos, means, args.figure)
 
@@ -1642,12 +1611,11 @@ def timed_sample(path, args):
     def watched(stage, function):
         def call(*arguments, **options):
             start = time.perf_counter()
-            try:
-                return function(*arguments, **options)
-            finally:
-                if models.cmmd.time.mlp[0].weight.is_cuda:
-                    torch.cuda.synchronize()  # or the next stage would wait for this one's work
-                spent[stage] += time.perf_counter() - start
+            result = function(*arguments, **options)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()  # or the next stage would wait for this one's work
+            spent[stage] += time.perf_counter() - start
+            return result
         return call
 
     models = door.load_models(args.weights, args.device)
@@ -1663,17 +1631,11 @@ def timed_sample(path, args):
 
 
 def peak_memory():
-    """This process's largest resident memory in MiB, without its ffmpeg children.
-
-    Linux's VmHWM, because getrusage there also counts what the parent held when it started this process."""
+    """This process's largest resident memory in MiB, without its ffmpeg children; NaN but on Linux. (getrusage would
+    also count what the parent held when it started this process.)"""
     status = Path("/proc/self/status")
-    if status.exists():
-        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) / 1024
-    try:
-        import resource
-    except ImportError:  # Windows
-        return math.nan
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 1024)
+    lines = status.read_text().splitlines() if status.exists() else ()
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")), math.nan)
 
 
 # ---------------------------------------------------------------- ports
@@ -1885,23 +1847,24 @@ def model_call(what, size, args):
         with torch.no_grad(), fast_autocast(args.device):
             return model(*pair, *times)[1]
 
-    def bare():
+    def backward(loss):
         model.zero_grad(set_to_none=True)
-        with fast_autocast(args.device):
-            loss = sum(x.square().mean() for x in model(*pair, *times))
         loss.backward()
         return loss.detach()
 
+    def bare():
+        with fast_autocast(args.device):
+            loss = sum(x.square().mean() for x in model(*pair, *times))
+        return backward(loss)
+
     def step():
-        model.zero_grad(set_to_none=True)
-        loss = contrastive_loss(model, pair, times, noise, wrong, 0.2, 0.4).total
-        loss.backward()
+        loss = backward(contrastive_loss(model, pair, times, noise, wrong, 0.2, 0.4).total)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         with torch.no_grad():
             for old, new in zip(average, model.parameters()):
                 old.lerp_(new, 0.01)
-        return loss.detach()
+        return loss
 
     call = {"pass": one_pass, "bare": bare}.get(what, step)
     return call, sum(x.numel() for x in model.parameters()), clips
