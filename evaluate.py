@@ -116,8 +116,7 @@ def match(a, b, tolerance):
 
     Times become whole milliseconds first, and the window includes its edge, so that no rounding of floats decides.
     Walking both sorted lists and taking each pair as soon as it fits is a maximum matching, since all windows
-    are equally wide. Counts equal those of `mir_eval.util.match_events`.
-    """
+    are equally wide. Counts equal those of `mir_eval.util.match_events`."""
     a, b = (np.rint(np.asarray(x, dtype=np.float64).reshape(-1) * 1000).astype(np.int64) for x in (a, b))
     order_a, order_b, width = np.argsort(a, kind="stable"), np.argsort(b, kind="stable"), round(tolerance * 1000)
     pairs, i, j = [], 0, 0
@@ -320,15 +319,13 @@ def envelope(mels):
     return np.asarray(mels, dtype=np.float64).mean(axis=1)
 
 
-def envelope_correlation(generated, true, training_mean=None):
+def envelope_correlation(generated, true, training_mean=0.0):
     """Pearson correlation over time of envelopes (N, L), per clip (N,); NaN where one of the two is constant.
 
     With training_mean (L,), the training set's mean envelope of the same crop, it is the residual correlation: the
-    one that counts, since clips of one format resemble each other whatever the model does.
-    """
-    generated, true = (np.asarray(x, dtype=np.float64) - (0 if training_mean is None else training_mean)
-                       for x in (generated, true))
-    a, b = (x - x.mean(axis=1, keepdims=True) for x in (generated, true))
+    one that counts, since clips of one format resemble each other whatever the model does."""
+    a, b = (np.asarray(x, dtype=np.float64) - training_mean for x in (generated, true))
+    a, b = (x - x.mean(axis=1, keepdims=True) for x in (a, b))
     with np.errstate(invalid="ignore"):
         return (a * b).sum(1) / np.sqrt((a ** 2).sum(1) * (b ** 2).sum(1))
 
@@ -1041,11 +1038,13 @@ def pairs(args):
             out.append(torch.from_numpy(clip.audio[start : start + round(seconds * rate)]))
     latents = torch.cat(latents)
     mel, moved = (models.cmmd.normalise(log_mel(torch.stack(x), front)).to(latents) for x in (waves, shifted))
-    rows = [{"t": t, **{f"{side}_{name}": float(value) for name, sound in (
-        ("right", mel), ("shifted", moved), ("swapped", mel.roll(1, 0))) for side, value in zip(
-            ("video", "audio"), levels_loss(models.cmmd, latents, sound, t).mean(0))}} for t in LEVELS]
+    rows = [{"t": t} for t in LEVELS]
+    sounds = {"right": mel, "shifted": moved, "swapped": mel.roll(1, 0)}
+    for line, name in itertools.product(rows, sounds):
+        loss = levels_loss(models.cmmd, latents, sounds[name], line["t"]).mean(0)
+        line |= {f"video_{name}": float(loss[0]), f"audio_{name}": float(loss[1])}
     found = retrieval(models.cmmd, latents, mel)
-    names = [f"{side}_{name}" for side in ("video", "audio") for name in ("right", "shifted", "swapped")]
+    names = [f"{side}_{name}" for side in ("video", "audio") for name in sounds]
     text = table(
         {"t": "{t}"} | {name.replace("_", ", "): f"{{{name}:.3f}}" for name in names}, rows,
         f"Mean squared velocity errors, n = {args.n}. The right one of {CANDIDATES} sounds has the lowest loss: "
@@ -1153,14 +1152,6 @@ def listen(pairs, args, embed, config, fps):
     return clips, left_out
 
 
-def readable(paths, sample_rate, seconds, left_out):
-    """(path, wave) of every file that has a sound; why others have none goes into left_out."""
-    for path in paths:
-        try:
-            yield path, read_audio(path, sample_rate, seconds=seconds).copy()
-        except ValueError as error:
-            left_out.append(str(error))
-
 
 
 def add_typical(clips, train=(), moved=()):
@@ -1214,18 +1205,27 @@ def folders(args):
     if len(clips) < 2 and not i3d:
         raise ValueError(f"{args.generated}: {len(clips)} of {len(pairs)} clips have a sound ({left_out[0]})")
     rows = []
+
+    def sounds(paths):  # (path, wave) of those that have one
+        for path in paths:
+            try:
+                yield path, read_audio(path, config.sample_rate, seconds=args.seconds).copy()
+            except ValueError as error:
+                left_out.append(str(error))
+
     if len(clips) > 1:
-        read = lambda paths: readable(paths, config.sample_rate, args.seconds, left_out)
-        train = clip_files(args.train).values() if args.train else ()
-        train = {path: envelope(log_mel(torch.from_numpy(wave)[None], config))[0] for path, wave in read(train)}
-        least = min(len(true.envelope) for _, true, _ in clips)
-        left_out += [f"{path}: shorter than the clips" for path, x in train.items() if len(x) < least]
-        train = {path: x for path, x in train.items() if len(x) >= least}
-        moved = [x for x in (movement(path, fps, args.seconds) for path in train) if not isinstance(x, str)]
-        clips = add_typical(clips, list(train.values()), moved)
+        train, moved, least = [], [], min(len(true.envelope) for _, true, _ in clips)
+        for path, wave in sounds(clip_files(args.train).values() if args.train else ()):
+            loudness = envelope(log_mel(torch.from_numpy(wave)[None], config))[0]
+            if len(loudness) < least:
+                left_out.append(f"{path}: shorter than the clips")
+                continue
+            train.append(loudness)
+            moved.append(movement(path, fps, args.seconds))
+        clips = add_typical(clips, train, [x for x in moved if not isinstance(x, str)])
         rows = [line for measure in measures() for line in pair_rows(measure, clips)]
     if embed and len(clips) > 1:
-        rows += fad_rows(clips, [embed(path, wave) for path, wave in read(others)], result)
+        rows += fad_rows(clips, [embed(path, wave) for path, wave in sounds(others)], result)
     rows += video_rows(pairs, i3d, args) if i3d else ()
     left_out += [f"{path}: not in {args.reference}" for path in unmatched]
     not_asked = [what for what, given in (("FAD (--embedding)", embed), ("FVD, KVD (--i3d)", i3d)) if not given]
@@ -1775,14 +1775,14 @@ def bench(args):
     if "mm-diffusion" in args.only and not args.mm_diffusion:
         print("mm-diffusion is left out: it needs --mm-diffusion, a clone of researchmm/MM-Diffusion", file=sys.stderr)
     rows = []
-    for size, what in itertools.product(args.sizes, (what for what in BENCH if what in args.only)):
-        if what == "mm-diffusion" and (not args.mm_diffusion or size != args.sizes[0]):
+    for size, what in itertools.product(args.sizes, BENCH):
+        once = what == "mm-diffusion"  # its size is its own
+        if what not in args.only or once and (not args.mm_diffusion or size != args.sizes[0]):
             continue
-        rows.append(alone(bench_row, what, size, args))
-    for row in rows:
-        passes = PASSES.get(row["what"], "")
-        row |= {"said": BENCH[row["what"]], "millions": row["parameters"] / 1e6, "rate": row["clips"] / row["seconds"],
-                "passes": passes, "whole": f"{passes * row['seconds']:.3g}" if passes else ""}
+        row, passes = alone(bench_row, what, size, args), PASSES.get(what, "")
+        rows.append(row | {
+            "said": BENCH[what], "millions": row["parameters"] / 1e6, "rate": row["clips"] / row["seconds"],
+            "passes": passes, "whole": f"{passes * row['seconds']:.3g}" if passes else ""})
     columns = {"": "{said}", "size": "{size}", "parameters": "{millions:.1f} M", "GFLOP": "{gflop:.4g}",
                "seconds": "{seconds:.3g}", "clips/s": "{rate:.3g}", "peak memory": "{mib:.0f} MiB",
                "passes a clip": "{passes}", "seconds a clip": "{whole}"}
@@ -1878,37 +1878,30 @@ def main(argv=None):
     if argv and argv[0] not in (*COMMANDS, "-h", "--help"):
         argv = ["folders", *argv]
     parser = arguments()
-    args = parser.parse_args(argv)
-    return parser.run(run_command, COMMANDS[args.command], args)
+    return parser.run(run_command, parser.parse_args(argv))
 
 
-def run_command(command, args):
-    """Refuse an --out that cannot be written, before any work; then print what command(args) returns, a text, and write
+def run_command(args):
+    """Refuse an --out that cannot be written, before any work; then print the text that the command returns, and write
     its result beside the settings. Commands without a result print for themselves."""
     outs = getattr(args, "out", None) or ()
     for path in outs:
         check_output(path, (".json", ".csv"))
-    made = command(args)
-    if made:
-        text, result = made
+    if made := COMMANDS[args.command](args):
         where = machine(getattr(args, "device", "cpu"))
-        print(f"{text}\nMeasured on {where}.")
+        print(f"{made[0]}\nMeasured on {where}.")
         for path in outs:
-            write_result(path, vars(args) | {"machine": where} | result)
+            write_result(path, vars(args) | {"machine": where} | made[1])
 
 
 def arguments():
     """The parser of the command line. What a command is for is told by its function's docstring, after the colon."""
     parser = Parser(prog="evaluate.py", description=__doc__.splitlines()[0])
-    parsers = {}
-
-    def add_commands(to, dest, functions):
-        made = to.add_subparsers(dest=dest, required=True)
+    parsers = {"": parser}
+    for within, dest, functions in (("", "command", COMMANDS), ("study", "step", STUDY)):
+        made = parsers[within].add_subparsers(dest=dest, required=True)
         for name, function in functions.items():
             parsers[name] = made.add_parser(name, help=function.__doc__.partition(": ")[2].partition("\n\n")[0])
-
-    add_commands(parser, "command", COMMANDS)
-    add_commands(parsers["study"], "step", STUDY)
     for names, option, help, settings in OPTIONS:
         if "default" in settings and "default" not in help:
             help += " (default: %(default)s)"
