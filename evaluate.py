@@ -1,9 +1,23 @@
 """Measurements: scores against known events, and the speed of the whole chain.
 
-In reading order: match, scores and bootstrap; onsets, the detector, the same for true and for made sounds, and pitch;
-picture_events, the same for frames; curves, pictures and vocoders; all that is measured of one clip (Heard); measures
-and pair_rows, every score of clips with interval, chance and ceiling (Table 2); distances between sets (Table 1). Then
-the commands, each with what it needs: worlds, compare, pairs, folders, figure, study, vocoder, speed, ports, bench.
+In reading order
+    matching and scores    match, scores of counts, bootstrap
+    onsets and pitch       onsets: the detector, the same for true and for made sounds; impacts: which ball sounds when
+    events in pictures     picture_events: impacts of balls and beats of a dance, seen in true or made frames
+    curves and quality     envelope_correlation (plain and residual), psnr, bicubic_baseline, vocoder_quality
+    heard and seen         rhythm, motion, av_align, hear: all that is measured of one clip
+    scores of pairs        measures: every score of clips (Table 2); pair_rows: with interval, chance and ceiling
+    distances between sets frechet, kernel_distance; video_rows (Table 1), audio_distances
+    worlds                 held-out clips with known events in every direction: what is made, heard and seen; variety
+    right and wrong pairs  pairs: the loss of true, shifted and swapped sounds by noise level, and retrieval
+    folders of clips       match_folders, listen, folders: clips of any model against the true ones
+    figures                the paper's Fig. 2 and 4; how Eq. 6 trained, frames of clips, F1 by steps
+    the user study         study_make: the rating page; study_read: MOS, Fig. 5, signed_rank, holm
+    vocoder                how near to true sounds vocoders come, over folders of files, beside Griffin-Lim
+    speed                  seconds by stage, and peak memory, in a fresh process per length
+    ports                  our VAE, vocoder and mel beside the originals: time and memory
+    bench                  the model's passes and training steps beside MM-Diffusion's: time, FLOPs, memory
+    command line           python evaluate.py worlds | compare | pairs | folders ... (--help)
 
 Letters: B batch, T video frames, C channels, H W latent height and width, M mel bins, L mel frames, S samples,
 N clips, K kinds of ball. Times are seconds. Every score of clips is printed beside its chance level, its ceiling and n.
@@ -72,7 +86,6 @@ def table(columns, rows, *below):
     line = lambda cells: f"| {' | '.join(cells)} |"
     lines = [line([cell.format_map(row) for cell in columns.values()]) for row in rows]
     return "\n".join([line(columns), "|---" * len(columns) + "|", *lines, *([""] if below else []), *below])
-
 
 
 def machine(device=None):
@@ -593,8 +606,8 @@ def score_table(rows, *below):
         "p": "–" if line["p"] is None else format(line["p"], ".1g")} for line in rows]
     for line in lines:
         line["ours"] = "{value} [{low}, {high}]".format_map(line).removesuffix(" [–, –]")
-    columns = {"metric": "{metric}", "paper¹": "{paper}", "ours [95 %]": "{ours}", "chance²": "{chance}", "p⁴": "{p}",
-               "ceiling³": "{ceiling}", "n": "{n}", "skipped, notes": "{note}"}
+    columns = {"metric": "{metric}", "paper¹": "{paper}", "ours [95 %]": "{ours}", "chance²": "{chance}",
+               "p⁴": "{p}", "ceiling³": "{ceiling}", "n": "{n}", "skipped, notes": "{note}"}
     return table(columns, lines, "¹ CMMD / nCMMD / MM-Diffusion on AIST++. ² The same outputs against other clips' "
                  "truths. ³ The truth as output: through vocoder or VAE, with its own picture, or a part of the "
                  "reference against the rest. ⁴ Of no difference from chance, clip by clip (Wilcoxon).", *below)
@@ -1152,8 +1165,6 @@ def listen(pairs, args, embed, config, fps):
     return clips, left_out
 
 
-
-
 def add_typical(clips, train=(), moved=()):
     """Cut all envelopes to one length, and give every truth their median level and what to expect at each position: the
     mean envelope and movement of the other clips' truths, or of training envelopes `train` and movements `moved`."""
@@ -1566,7 +1577,6 @@ def vocoder_row(way, waves, config, embed, truth):
 
 # ---------------------------------------------------------------- speed
 
-
 def speed(args):
     """The command `speed`: seconds by stage and peak memory of sound for a video file, a fresh process per length."""
     rows = []
@@ -1631,11 +1641,17 @@ def timed_sample(path, args):
 
 
 def peak_memory():
-    """This process's largest resident memory in MiB, without its ffmpeg children; NaN but on Linux. (getrusage would
-    also count what the parent held when it started this process.)"""
+    """This process's largest resident memory in MiB, without its ffmpeg children.
+
+    Linux's VmHWM, because getrusage there also counts what the parent held when it started this process."""
     status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else ()
-    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")), math.nan)
+    if status.exists():
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) / 1024
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 1024)
 
 
 # ---------------------------------------------------------------- ports
