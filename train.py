@@ -676,7 +676,7 @@ class HeldOut:
         out, moved = {}, lower_movement(to_uint8(self.vae.decode(made)))
         true = envelope(log_mel(self.waves, self.config))[:, : sounds.shape[2]]
         for name, one, other, typical in (("envelope", envelope(sounds), true, self.typical[: sounds.shape[2]]),
-                                          ("motion", moved, self.moved, None)):
+                                          ("motion", moved, self.moved, 0.0)):
             at = lambda by: np.nanmean(envelope_correlation(one, np.roll(other, by, 0), typical))
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", RuntimeWarning)  # the mean of nothing, where all are still, is NaN
