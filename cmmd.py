@@ -477,7 +477,7 @@ class CMMD(nn.Module):
         return x * self.config.mel_std + self.config.mel_mean
 
     def forward(self, video, audio, t_video, t_audio):
-        self._check(video, audio)
+        check_shapes(self.config, video, audio)
         B, L, depth = len(video), audio.shape[2], len(self.down) - 1
         step = self.config.hop / self.config.sample_rate  # seconds a mel frame
         time = self.time(t_video, t_audio)
@@ -500,13 +500,16 @@ class CMMD(nn.Module):
         picture = self.video_out(v).unflatten(0, (B, -1)) + self.video_skip(video, time)
         return picture.float(), (self.audio_out(a)[..., :L] + self.audio_skip(audio, time)).float()
 
-    def _check(self, video, audio):
-        c, side = self.config, 2 ** (len(self.down) - 1)
-        if video.dim() != 5 or video.shape[2] != c.latent_channels or any(n % side for n in video.shape[3:]):
-            raise ValueError(f"CMMD needs latents (B, T, {c.latent_channels}, H, W), H and W multiples of {side}; "
-                             f"got {tuple(video.shape)}")
-        if audio.dim() != 3 or audio.shape[1] != c.mel_bins or len(audio) != len(video):
-            raise ValueError(f"CMMD needs mels (B, {c.mel_bins}, L), B as in the video; got {tuple(audio.shape)}")
+
+def check_shapes(config, video=None, audio=None):
+    """Raise ValueError for latents or a mel, where given, that a CMMD of this config does not take."""
+    C, M, side = config.latent_channels, config.mel_bins, 2 ** (len(config.attention) - 1)
+    if video is not None and (video.dim() != 5 or video.shape[2] != C or any(n % side for n in video.shape[3:])):
+        raise ValueError(f"CMMD got latents {tuple(video.shape)}, expected (B, T, {C}, H, W), H and W multiples of "
+                         f"{side}")
+    apart = video is not None and audio is not None and len(audio) != len(video)
+    if audio is not None and (audio.dim() != 3 or audio.shape[1] != M or apart):
+        raise ValueError(f"CMMD got a mel {tuple(audio.shape)}, expected (B, {M}, L), B as in the video")
 
 
 # ---- Losses
@@ -789,10 +792,8 @@ def _given_whole(known, keep, config):
     whole = [side for side in (0, 1) if known[side] is not None and keep[side] is None]
     if len(whole) == 2:
         raise ValueError("generate was given both video and audio: nothing is left to make; `keep` tells which part to")
-    expected = (5, config.latent_channels, "(B, T, {}, H, W)"), (3, config.mel_bins, "(B, {}, L)")
-    for name, x, mask, dim, (rank, n, shape) in zip(("video", "audio"), known, keep, (1, 2), expected):
-        if x is not None and (x.dim() != rank or x.shape[3 - dim] != n):
-            raise ValueError(f"generate got {name} {tuple(x.shape)}, expected {shape.format(n)}")
+    check_shapes(config, *known)
+    for name, x, mask, dim in zip(("video", "audio"), known, keep, (1, 2)):
         fits = mask is None or x is not None and mask.dtype == torch.bool and mask.shape in (
             x.shape[dim : dim + 1], (len(x), x.shape[dim]))
         if not fits:
