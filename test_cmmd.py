@@ -3035,6 +3035,7 @@ def test_train_refuses_to_resume_with_other_settings(tmp_path, monkeypatch, caps
     (["vae", "--out", "file"], "file"), (["vae", "--config", '{"bands": 3}'], "bands"),
     (["vae", "--config", '{"latent_channels": 2}'], "at least 3"), (["vae", "--freeze-encoder"], "--init; give one"),
     (["vocoder", "--config", '{"hop": 256.0}'], "hop is 256.0, expected int"),
+    (["vae", "--config", '{"scale": NaN}'], "scale is NaN, expected a number or a list"),
     (["vocoder", "--config", '{"ratios": [1, 16, 16]}'], "each 2 or more"),
     (["cmmd", "--vae", "x", "--margin", "0.5"], "give --eta too"),
     *((["cmmd", "--vae", str(WORLDS / "vae.safetensors"), "--config", config], says) for config, says in (

@@ -337,7 +337,7 @@ def draw_frames(source, seed, n=3):
 
 def train_vae(args):
     """The autoencoder on single frames. A new one's scale and shift are measured at the end, on fresh clips."""
-    network = initial(VAE, vae.load, SMALL_VAE, args)
+    network = initial(VAE, args.init and vae.load(args.init), SMALL_VAE, args)
     training, unseen = open_data(args, cache_frames)
     frames = Draws(draw_frames, 3, args.batch, args.seed, training)
     if not args.init:
@@ -383,7 +383,7 @@ def draw_sound(source, seed, seconds, sample_rate):
 def train_vocoder(args):
     """MelGAN with HiFi-GAN's losses (P). Before step --adversarial-from, in their place, a loss of the loud parts
     (ours), which learns tones far sooner."""
-    generator = add_weight_norm(initial(Vocoder, vocoder.load, SMALL_VOCODER, args))
+    generator = add_weight_norm(initial(Vocoder, args.init and vocoder.load(args.init), SMALL_VOCODER, args))
     config = generator.config
     discriminator = Discriminator(args.discriminator_channels).to(args.device)
     training, unseen = open_data(args, lambda folder, cache: cache_sounds(folder, cache, config.sample_rate))
@@ -524,10 +524,10 @@ def initial_model(autoencoder, args):
         raise ValueError(f"{args.vae}: its latents are 1/{autoencoder.config.factor} of the frames' size, the model's "
                          "1/8: give an autoencoder of four levels")
     default = CMMDConfig(latent_channels=autoencoder.config.latent_channels, **SIZES[args.size or "demo"])
-    fps, before = args.config.get("fps"), load(args.init, CMMD).config if args.init else default
-    if isinstance(fps, (int, float)) and math.isfinite(fps) and fps != before.fps:
+    given, fps = args.init and load(args.init, CMMD), args.config.get("fps")
+    if isinstance(fps, (int, float)) and math.isfinite(fps) and fps != (given.config if given else default).fps:
         args.config.setdefault("frames", max(2, round(1.8 * fps)))  # P: windows of 1.8 s
-    model, own = initial(CMMD, lambda path: load(path, CMMD), default, args), fingerprint(autoencoder)
+    model, own = initial(CMMD, given, default, args), fingerprint(autoencoder)
     if model.config.latent_channels != default.latent_channels:
         raise ValueError(f"{args.vae}: its latents have {default.latent_channels} channels, the model's "
                          f"{model.config.latent_channels}; leave latent_channels out of --config or give another --vae")
@@ -730,20 +730,19 @@ def mel_level(sources, config, args):
 # ---- Command line
 
 
-def initial(cls, read, default, args):
-    """A fresh network, of the default sizes, or the weights of --init to go on from, but for what --config changes."""
+def initial(cls, given, default, args):
+    """A fresh network, of the default sizes, or the weights `given` to go on from, but for what --config changes."""
     torch.manual_seed(args.seed)
-    given = read(args.init) if args.init else None
     default = given.config if given else default
-    if unknown := set(args.config) - set(asdict(default)):
-        raise ValueError(f"--config knows no {', '.join(sorted(unknown))}; it may hold {', '.join(asdict(default))}")
-    kinds = {int: int, float: (int, float), str: str, tuple: list}
-    for field in fields(default):
-        value, kind = args.config.get(field.name, getattr(default, field.name)), kinds.get(field.type, object)
+    types = {field.name: field.type for field in fields(default)}
+    if unknown := set(args.config) - set(types):
+        raise ValueError(f"--config knows no {', '.join(sorted(unknown))}; it may hold {', '.join(types)}")
+    for name, value in args.config.items():
+        kind = {float: (int, float), tuple: list, float | tuple: (int, float, list)}.get(types[name], types[name])
         endless = isinstance(value, float) and not math.isfinite(value)
-        if field.name in args.config and (not isinstance(value, kind) or isinstance(value, bool) or endless):
-            raise ValueError(f"--config: {field.name} is {json.dumps(value)}, expected "
-                             f"{'a list' if field.type is tuple else field.type.__name__}")
+        if not isinstance(value, kind) or isinstance(value, bool) or endless:
+            expected = {tuple: "a list", float | tuple: "a number or a list"}.get(types[name])
+            raise ValueError(f"--config: {name} is {json.dumps(value)}, expected {expected or types[name].__name__}")
     try:
         network = cls(replace(default, **args.config))
         if given:
