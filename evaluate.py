@@ -814,12 +814,13 @@ class Worlds:
     def heard(self, waves):
         """What is heard in waves (N, S) -> Events of each: impacts in `bounce`; in `dance` beats, by librosa, or, to be
         held against what is seen of the same clip, all onsets, of which only those on a beat can match."""
-        rate, mels = self.config.sample_rate, log_mel(waves, self.config).numpy()
+        rate = self.config.sample_rate
         if self.name == "bounce":
-            return impacts(mels, self.config)
-        beats = self.make == "sound"
-        times = [rhythm(wave.numpy(), rate)[0] if beats else onsets(mel, self.config.hop / rate)
-                 for wave, mel in zip(waves, mels)]
+            return impacts(log_mel(waves, self.config).numpy(), self.config)
+        if self.make == "sound":
+            times = [rhythm(wave.numpy(), rate)[0] for wave in waves]
+        else:
+            times = [onsets(mel, self.config.hop / rate) for mel in log_mel(waves, self.config).numpy()]
         return [Events(found, "beats tell no dancer") for found in times]
 
     def timbre(self, waves):
