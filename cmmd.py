@@ -117,6 +117,11 @@ class CMMDConfig:
     shift: float = 1.0
     latents: str = ""
 
+    @property
+    def seconds(self):
+        """Of a training window."""
+        return self.frames / self.fps
+
     def __post_init__(self):
         for name in ("video_channels", "audio_channels", "attention"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
@@ -131,7 +136,9 @@ class CMMDConfig:
             raise ValueError(f"CMMD frames {self.frames} must be 2 or more, size {self.size} a multiple of {side}")
         if not 0 <= self.f_min < self.f_max <= self.sample_rate / 2:
             raise ValueError(f"CMMD f_min {self.f_min} and f_max {self.f_max} must lie within half the sample rate")
-        if any(c % self.groups or c % (2 * self.heads) for c in self.video_channels + self.audio_channels):
+        if self.n_fft < self.hop:
+            raise ValueError(f"CMMD n_fft {self.n_fft} is shorter than hop {self.hop}: samples would be skipped")
+        if any(c < 1 or c % self.groups or c % (2 * self.heads) for c in self.video_channels + self.audio_channels):
             raise ValueError(f"CMMD channels must be multiples of groups {self.groups} and twice heads {self.heads}")
         if self.fusion not in ("learned", "mean", "attention", "none"):
             raise ValueError(f"CMMD fusion is {self.fusion!r}, expected 'learned', 'mean', 'attention' or 'none'")
@@ -296,7 +303,7 @@ def moving(x):
 
 class EasyFusion(nn.Module):
     """Easy fusion (Fig. 1; defined here, the paper's appendix being out of reach): each modality's features, brought to
-    the other's times and projected, are added to the other's. Cost O(T*H*W*C), no attention between the modalities.
+    the other's times and projected, are added to the other's. Cost O((T*H*W + L*T)*C), no attention between the two.
 
     Video to audio: per head, a 1x1 convolution scores the positions of a frame and a softmax over H*W weighs them (a
     ball fills 2 % of the picture and drowns in a plain mean). What crosses: `found`, the features averaged by it, and
@@ -663,11 +670,13 @@ def generate(model: CMMD, video: torch.Tensor | None = None, audio: torch.Tensor
     "guide", 25 for both: see `sampling_times`.
     sampler: "ddim" with `stochasticity` s in [0, 1] (0 DDIM, 1 fresh noise at every step) or "dpm", DPM-Solver++(2M).
     seeds: one a sample; the same seed gives the same noise on any device and in any batch. Clips longer than a training
-    window are cut into windows every `stride` frames, `window_batch` at a time, whose predictions are blended at every
-    step, and whose noise is `of_one_scene`. progress(done, steps) is called after each step. ValueError for arguments
-    that do not fit together."""
+    window are cut into windows every `stride` frames or so (at whole mel frames), `window_batch` at a time, whose
+    predictions are blended at every step, and whose noise is `of_one_scene`. progress(done, steps) is called after each
+    step. ValueError for arguments that do not fit together."""
     check_sampling(steps, condition, guidance, stochasticity, sampler)
     config, device = model.config, next(model.parameters()).device
+    if condition == "guide" and config.fusion == "none":
+        raise ValueError("condition 'guide' needs a model with fusion: without it neither side sees the other")
     given = _given_whole((video, audio), keep, config)
     known = [x if x is None else x.to(device).float() for x in (video, audio)]
     T = _frames_that_fill(known, given, frames, config)
@@ -936,7 +945,7 @@ class Windows:
         size, whole = min(T, config.frames), lambda n: abs(n * per_frame - round(n * per_frame)) < 1e-6
         grid = next(filter(whole, range(1, config.frames)), None)
         if grid is None:  # mel starts are rounded: windows that only touch would leave gaps
-            grid, stride = 1, min(stride, size - 1)
+            grid, stride = 1, min(stride, int((whole_mel_frames(size, config) - 1) / per_frame))
         stride = max(grid, min(stride, size) // grid * grid)
         self.frames, self.T = T, size + -(-(T - size) // grid) * grid  # that are wanted, and of the canvas
         self.L, self.batch, last = whole_mel_frames(self.T, config), batch, self.T - size

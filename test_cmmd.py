@@ -251,7 +251,7 @@ def test_cmmd_demo_sizes_are_the_designs():
 @pytest.mark.parametrize("changes", [
     dict(audio_channels=(16,)), dict(video_channels=(8, 18)), dict(heads=3), dict(fusion="strong"), dict(mel_std=0.0),
     dict(frames=0), dict(video_channels=(), audio_channels=(), attention=()), dict(groups=0), dict(heads=0),
-    dict(hop=0), dict(f_max=12000.0)])
+    dict(hop=0), dict(f_max=12000.0), dict(n_fft=128), dict(video_channels=(0, 16))])
 def test_cmmd_config_refuses(changes):
     with pytest.raises(ValueError) as error:
         CMMDConfig(**TINY | changes)
@@ -817,7 +817,7 @@ def test_cmmd_generate_refuses(arguments, says):
 @pytest.mark.parametrize("T", [1, 5, 18, 19, 20, 40, 101])
 @pytest.mark.parametrize("changes, stride", [
     (dict(), 8), (dict(), 1), (dict(), 30), (dict(fps=12.5, hop=250), 6), (dict(fps=7), 5),
-    (dict(fps=4, frames=7), 8), (dict(fps=11), 20)])
+    (dict(fps=4, frames=7), 8), (dict(fps=11), 20), (dict(fps=24, hop=1024, n_fft=1024, frames=43), 42)])
 def test_cmmd_windows_cover_the_canvas_and_share_it(T, changes, stride):
     config = CMMDConfig(**changes)
     windows = Windows(T, config, stride, 8)
@@ -827,6 +827,11 @@ def test_cmmd_windows_cover_the_canvas_and_share_it(T, changes, stride):
         for (start, n), share in zip(windows.starts[side], windows.weights[side], strict=True):
             assert start >= 0 and start + n <= length and len(share) == n and share.min() > 0
             total[start : start + n] += share
+def test_cmmd_generate_refuses_to_guide_a_model_whose_sides_do_not_see_each_other():
+    with pytest.raises(ValueError, match="needs a model with fusion"):
+        generate(tiny_model(fusion="none"), noise(1, 5, 4, 4, 4), condition="guide", steps=1)
+
+
         torch.testing.assert_close(total, torch.ones(length))
         assert len({n for _, n in windows.starts[side]}) == 1
     if config.fps == 10:  # windows start on whole mel frames
@@ -970,7 +975,8 @@ def random_vae(config=TINY_VAE):
 
 @pytest.mark.parametrize("changes", [
     dict(channels=(8, 9)), dict(channels=()), dict(blocks=0), dict(scale=0.0), dict(latent_channels=0),
-    dict(scale=(1.0, 1.0)), dict(shift=(0.0,) * 5), dict(scale=(1.0, 1.0, -1.0, 1.0))])
+    dict(scale=(1.0, 1.0)), dict(shift=(0.0,) * 5), dict(scale=(1.0, 1.0, -1.0, 1.0)),
+    dict(scale=(1.0, math.nan, 1.0, 1.0)), dict(shift=(0.0, math.inf, 0.0, 0.0))])
 def test_vae_config_refuses(changes):
     with pytest.raises(ValueError, match="VAE"):
         replace(TINY_VAE, **changes)
@@ -1355,7 +1361,8 @@ def test_vocoder_log_mel_refuses(wave, says):
 
 @pytest.mark.parametrize("changes, says", [
     ({"ratios": (8, 8, 2)}, "128, not to hop 256"), ({"n_fft": 128}, "n_fft 128"), ({"f_max": 9000.0}, "8000"),
-    ({"f_min": 8000.0}, "f_min"), ({"base": 0}, "base is 0"), ({"residual_blocks": 0}, "residual_blocks")])
+    ({"f_min": 8000.0}, "f_min"), ({"base": 0}, "base is 0"), ({"residual_blocks": 0}, "residual_blocks"),
+    ({"mel_std": 0.0}, "mel_std is 0")])
 def test_vocoder_config_refuses(changes, says):
     with pytest.raises(ValueError, match=says):
         VocoderConfig(**changes)
@@ -3032,6 +3039,15 @@ def test_train_refuses_to_resume_with_other_settings(tmp_path, monkeypatch, caps
     (["cmmd", "--vae", "x", "--init", "x", "--size", "base"], "--init"),
     (["vae", "--init", str(WORLDS / "vae.safetensors"), "--config", '{"blocks": 2}'], "do not fit these sizes"),
     (["vae", "--init", "none.safetensors"], "no such file"), (["cmmd", "--vae", "none.safetensors"], "no such file"),
+@pytest.mark.parametrize("fps, frames", [(7, 13), (8, 14), (10, 18), (24, 43), (25, 45)])
+def test_train_clips_with_room_sound_to_their_end(weights, fps, frames):
+    """Whole frames: no window ends in silence that its clip does not have."""
+    seconds = train.with_room(CMMDConfig(fps=fps, frames=frames), (0.1, 0.4))
+    assert seconds >= frames / fps + 0.8 - 1e-9 and abs(seconds * fps - round(seconds * fps)) < 1e-9
+    (clip,) = train.encode_clips([bounce(0, seconds, fps=fps)], vae_module.load(weights / "vae.safetensors"))
+    assert clip.T == round(seconds * fps) and clip.sound((clip.T - frames) / fps, frames / fps)[-200:].all()
+
+
     (["vae", "--out", "file"], "file"), (["vae", "--config", '{"bands": 3}'], "bands"),
     (["vae", "--config", '{"latent_channels": 2}'], "at least 3"), (["vae", "--freeze-encoder"], "--init; give one"),
     (["vocoder", "--config", '{"hop": 256.0}'], "hop is 256.0, expected int"),
@@ -3133,6 +3149,17 @@ def test_train_clips_without_room_for_a_shift_are_swapped(tmp_path):
     for i, T in enumerate((18, 18, 19)):
         wave = np.full(round(T * 1600), (i + 1) / 8)
         data.write_encoded(tmp_path / f"{i}.safetensors", torch.full((T, 1, 2, 2), float(i + 1)), wave, 10, 16000)
+def test_train_another_clip_is_another_file(tmp_path):
+    """Whose window takes the place of the right one; but for the first of a batch, and for one time in 4^8."""
+    files = [str(tmp_path / f"{i}.safetensors") for i in range(4)]
+    for i, file in enumerate(files):
+        data.write_encoded(file, torch.full((26, 1, 2, 2), float(i)), noise(41600).numpy() / 9, 10, 16000)
+    batches = pair_batches(files)
+    for step in range(40):
+        which = batches[step][0][:, 0, 0, 0, 0]
+        assert batches.other[1:] == list(range(7)) and not (which[1:] == which[:-1]).any()
+
+
         files.append(str(tmp_path / f"{i}.safetensors"))
     swapped = 0
     for step in range(20):
@@ -3443,14 +3470,14 @@ def test_train_torn_newest_checkpoint_falls_back_to_the_one_before(tmp_path, cap
 
 @pytest.mark.parametrize("text, kept", [
     ("", ""), ("step,loss\n", "step,loss\n"), ("step,loss\n9,1.0\n20,0.5\n21,0.4\n", "step,loss\n9,1.0\n20,0.5\n"),
-    ("step,loss\n9,1.0\n1", "step,loss\n9,1.0\n")])
+    ("step,loss\n9,1.0\n1", "step,loss\n9,1.0\n"), ("step,lo", "")])
 def test_train_logs_lose_what_came_later_or_was_cut_off(tmp_path, text, kept):
     path = tmp_path / "log.csv"
     path.write_text(text)
     train.forget(path, 20)
     assert path.read_text() == kept
     train.report(path, {"step": 21, "loss": 0.25})
-    assert path.read_text().replace("\r", "") == (kept or "step,loss\n") + "21,0.25\n"
+    assert path.read_bytes().decode() == (kept or "step,loss\n") + "21,0.25\n"
 
 
 def test_train_full_disk_is_one_line_and_leaves_the_last_checkpoint(tmp_path, monkeypatch):

@@ -148,7 +148,8 @@ class State:
 
 
 def learning_rate(step, args):
-    """Linear warm-up, then a cosine down to 2 % of args.lr at the last step, or a factor of args.gamma a step."""
+    """Linear warm-up, then a cosine that would be at 2 % of args.lr one step after the last, or a factor of args.gamma
+    a step."""
     if step < args.warmup:
         return args.lr * (step + 1) / args.warmup
     if args.decay == "exponential":
@@ -261,7 +262,7 @@ def report(path, row, board=None):
     shown = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items() if v == v}
     print("  ".join(f"{k} {v}" for k, v in shown.items()), flush=True)
     with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, list(row))
+        writer = csv.DictWriter(file, list(row), lineterminator="\n")
         if not file.tell():
             writer.writeheader()
         writer.writerow(row)
@@ -274,10 +275,9 @@ def report(path, row, board=None):
 def forget(path, step):
     """Drop from a log what was written after `step`, where a resumed run starts, and a row that was cut off."""
     if path.exists():
-        head, *rows = path.read_text().splitlines(keepends=True) or [""]
-        kept = [row for row in rows if row.endswith("\n") and int(row.split(",")[0]) <= step]
+        head, *rows = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")] or [""]
         with atomic(path) as temporary:
-            temporary.write_text("".join([head, *kept]))
+            temporary.write_text("".join([head, *(row for row in rows if int(row.split(",")[0]) <= step)]))
 
 
 def clip_seed(seed, item):
@@ -381,8 +381,8 @@ def draw_sound(source, seed, seconds, sample_rate):
 
 
 def train_vocoder(args):
-    """MelGAN with HiFi-GAN's losses (P). Before step --adversarial-from, in their place, a loss of the loud parts
-    (ours), which learns tones far sooner."""
+    """MelGAN with HiFi-GAN's losses, of which the paper names the weights. Before step --adversarial-from, in their
+    place, a loss of the loud parts (ours), which learns tones far sooner."""
     generator = add_weight_norm(initial(Vocoder, args.init and vocoder.load(args.init), SMALL_VOCODER, args))
     config = generator.config
     discriminator = Discriminator(args.discriminator_channels).to(args.device)
@@ -461,7 +461,7 @@ class PairBatches:
         """The clip's picture and wave from frame k on, each moved by so many seconds, the picture by whole frames."""
         c = self.config
         return (clip.picture(k + round(move_video * clip.fps), c.frames),
-                clip.sound(k / clip.fps + move_audio, c.frames / c.fps))
+                clip.sound(k / clip.fps + move_audio, c.seconds))
 
     def move(self, rng, k, clip):
         """Seconds, within `shift` and a frame at least, by which the window at frame k is cut earlier or later, where
@@ -474,16 +474,20 @@ class PairBatches:
 
     def draw(self, step, rng):
         """This step's clips, long enough to be shifted -> EncodedClips."""
-        c, out, fresh = self.config, [None] * self.batch, {}
+        c, out, fresh, paths = self.config, [None] * self.batch, {}, {}
         for i in range(self.batch):
             source = self.sources[(step + i) % len(self.sources)]  # by turns: the first places have negatives
             if isinstance(source, FileCache):
-                out[i] = open_encoded(source.paths[source.draw(rng)])
+                for _ in range(8 if self.negatives else 1):  # `another` clip is another file, where there are several
+                    paths[i] = source.paths[source.draw(rng)]
+                    if paths[i] != paths.get(i - len(self.sources)):
+                        break
+                out[i] = open_encoded(paths[i])
             else:
                 fresh[i] = WORLDS[source]
         if fresh:
             self.vae = self.vae or vae.load(self.vae_path)
-            seconds = with_room(c, self.shift) if self.negatives else c.frames / c.fps
+            seconds = with_room(c, self.shift) if self.negatives else c.seconds
             clips = [world(clip_seed(self.seed, step * self.batch + i), seconds, c.fps, c.size, c.sample_rate)
                      for i, world in fresh.items()]
             for i, clip in zip(fresh, encode_clips(clips, self.vae)):
@@ -492,8 +496,9 @@ class PairBatches:
 
 
 def with_room(config, shift):
-    """Seconds of a clip that has room to cut a window `shift` (from, to; s), or a frame, earlier or later."""
-    return config.frames / config.fps + 2 * max(shift[1], 1 / config.fps)
+    """Seconds, of whole frames, of a clip that has room to cut a window `shift` (from, to; s), or a frame, earlier or
+    later."""
+    return math.ceil(config.frames + 2 * max(shift[1] * config.fps, 1) - 1e-9) / config.fps
 
 
 def another(i, batch, sources):
@@ -620,7 +625,7 @@ class HeldOut:
             self.worlds, windows = None, self.windows(source)
             self.typical = envelope(log_mel(self.sounds(self.windows(training, 512)), config)).mean(axis=0)
         else:
-            seconds, seeds = config.frames / config.fps, range(VALIDATION_SEED, VALIDATION_SEED + self.clips)
+            seconds, seeds = config.seconds, range(VALIDATION_SEED, VALIDATION_SEED + self.clips)
             self.worlds = [WORLDS[source](seed, seconds, config.fps, config.size, config.sample_rate) for seed in seeds]
             windows = [(clip, 0) for clip in encode_clips(self.worlds, autoencoder)]
         self.waves = self.sounds(windows)
@@ -640,7 +645,7 @@ class HeldOut:
     def sounds(self, windows):
         """Their waves (N, S)."""
         c = self.config
-        return torch.stack([clip.sound(k / c.fps, c.frames / c.fps) for clip, k in windows])
+        return torch.stack([clip.sound(k / c.fps, c.seconds) for clip, k in windows])
 
     def figures(self, model, path, steps=8):
         """How well sounds made for the pictures, and pictures made for the sounds, fit; each side's loss at t = 0.95,
@@ -651,7 +656,7 @@ class HeldOut:
         made = generate(model, audio=x[1], frames=x[0].shape[1], steps=steps, seeds=seeds, window_batch=16)[0]
         out = self.world_figures(sounds, made) if self.worlds else self.file_figures(sounds, made)
         high, zero = (torch.full((len(seeds),), t).to(self.mel) for t in (0.95, 0.0))
-        for name, other in (("", x), ("_of_others", [y.roll(1, 0) for y in x])):
+        for name, other in (("", x), ("_of_others", [y.roll(1, 0) for y in x]))[: len(seeds)]:  # one alone has none
             torch.manual_seed(0)
             noise = [torch.randn_like(y) for y in x]
             with torch.no_grad():
@@ -714,7 +719,7 @@ def cached_clips(args, name, autoencoder, config):
 
 def mel_level(sources, config, args):
     """The mel's mean and deviation over 512 training sounds, the sources taking turns."""
-    sounds, seconds = [], config.frames / config.fps
+    sounds, seconds = [], config.seconds
     for i in range(512):
         source, seed = sources[i % len(sources)], clip_seed(args.seed, 10**7 + i)
         if isinstance(source, FileCache):
@@ -757,7 +762,7 @@ def initial(cls, given, default, args):
     return network.to(args.device)
 
 
-RECIPES = {  # what each training starts from; all ours but the vocoder's seconds (P)
+RECIPES = {  # what each training starts from; all ours
     "vae": dict(steps=1600, batch=12, lr=1.2e-3, warmup=150, ema=0.995),
     "vocoder": dict(steps=2500, batch=1, lr=1e-3, warmup=100, ema=0.995),
     "cmmd": dict(steps=1600, batch=16, lr=1e-3, warmup=60, ema=0.997),

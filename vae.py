@@ -46,9 +46,10 @@ class VAEConfig:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.groups < 1 or not self.channels or any(c % self.groups for c in self.channels):
             raise ValueError(f"VAE channels {self.channels} must each be a multiple of groups = {self.groups}")
-        if self.blocks < 1 or self.latent_channels < 1 or torch.as_tensor(self.scale).min() <= 0:
-            raise ValueError("VAE blocks and latent_channels must be at least 1, scale above 0")
-        if any(torch.as_tensor(x).numel() not in (1, self.latent_channels) for x in (self.scale, self.shift)):
+        scale, shift = torch.as_tensor(self.scale), torch.as_tensor(self.shift)
+        if self.blocks < 1 or self.latent_channels < 1 or not (scale.min() > 0 and shift.isfinite().all()):
+            raise ValueError("VAE blocks and latent_channels must be at least 1, scale above 0, shift finite")
+        if any(x.numel() not in (1, self.latent_channels) for x in (scale, shift)):
             raise ValueError(f"VAE scale and shift must be one number, or {self.latent_channels}: one a latent channel")
 
     @property

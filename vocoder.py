@@ -55,6 +55,8 @@ class VocoderConfig:
         for name in ("sample_rate", "n_fft", "hop", "mel_bins", "base", "residual_blocks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"VocoderConfig: {name} is {getattr(self, name)}, expected at least 1")
+        if not self.mel_std > 0:
+            raise ValueError(f"VocoderConfig: mel_std is {self.mel_std}, expected above 0")
         if not self.ratios or min(self.ratios) < 2 or math.prod(self.ratios) != self.hop:
             raise ValueError(f"VocoderConfig: ratios {self.ratios}, each 2 or more, multiply to "
                              f"{math.prod(self.ratios)}, not to hop {self.hop}")
