@@ -1154,8 +1154,21 @@ def first_few(names):
 REFUSED = (ValueError, ImportError, OSError, torch.cuda.OutOfMemoryError)  # told in one line
 
 
+class Store(argparse.Action):
+    """Keep a value. The lists of an option that is given more than once add up: no file is dropped without a word."""
+
+    def __call__(self, parser, namespace, values, option=None):
+        before = getattr(namespace, self.dest, self.default)
+        more = self.nargs == "+" and before is not self.default
+        setattr(namespace, self.dest, [*before, *values] if more else values)
+
+
 class Parser(argparse.ArgumentParser):
     """A command line that refuses in one line, exit status 2; so do its subcommands."""
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self.register("action", None, Store)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {' '.join(message.split())} (--help tells more)\n")

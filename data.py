@@ -84,9 +84,11 @@ def probe(path):
     ValueError, in one line, if there is no such file or nothing in it that decodes."""
     path = _existing(path)
     text = _first_frame(path, "v")
-    pictures = re.findall(r"Stream #0:\d+\S*: Video: (?!none)(\w+)(?!.*attached pic)(?:.*?, ([\d.]+k?) fps)?", text)
-    sound = re.search(r"Stream #0:\d+\S*: Audio: (?!none)", text) is not None
-    if "Input #0, tty" in text or not re.search(r"Stream #0:\d+", text):
+    said = functools.partial(re.compile, flags=re.MULTILINE)  # at a line's start, where no tag of the file stands
+    stream = r"^\[info\] +Stream #0:\d+\S*: "
+    pictures = said(stream + r"Video: (?!none)(\w+)(?!.*attached pic)(?:.*?, ([\d.]+k?) fps)?").findall(text)
+    sound = said(stream + r"Audio: (?!none)").search(text) is not None
+    if said(r"^\[info\] Input #0, tty").search(text) or not said(stream).search(text):
         raise ValueError(f"{path}: no media file, or its header is damaged or cut off ({_reason(text)}); "
                          "give a video or sound file that plays, or copy it again")
     if not pictures and not sound:
@@ -96,10 +98,11 @@ def probe(path):
     if start is None:
         raise ValueError(f"{path}: its {'picture' if pictures else 'sound'} cannot be decoded ({_reason(started)}); "
                          "give a file that plays, or copy it again")
-    length = re.search(r"Duration: (\d+):(\d+):([\d.]+)", text)
+    length = said(r"^\[info\] +Duration: (\d+):(\d+):([\d.]+)").search(text)
     seconds = sum(float(n) * unit for n, unit in zip(length.groups(), (3600, 60, 1))) if length else None
     codec, rate = pictures[0] if pictures else (None, "")
-    return Media(seconds, bool(pictures), sound, codec, "rotation of" in text,
+    rotated = said(r"^\[info\] +\S* ?[Mm]atrix: rotation of").search(text) is not None
+    return Media(seconds, bool(pictures), sound, codec, rotated,
                  0.0 if start[1] == "NOPTS" else int(start[1]) / 1e6, float(rate.replace("k", "e3")) if rate else None)
 
 
@@ -225,8 +228,10 @@ def read_audio(path: str | os.PathLike, sample_rate: int = 16000, start: float =
 
 def _check_stretch(start, seconds, rate, size=1):
     """Refuse what is no stretch of a file."""
-    if not 0 < rate < math.inf or size < 1 or not 0 <= start < math.inf or not (seconds is None or seconds > 0):
-        raise ValueError(f"rate {rate}, size {size}, seconds {seconds} must be above 0 and start {start} not below")
+    lengths = (rate, size, 1 if seconds is None else seconds)
+    if not all(0 < x < math.inf for x in lengths) or not 0 <= start < math.inf:
+        raise ValueError(f"rate {rate}, size {size}, seconds {seconds} must be above 0 and start {start} not below, "
+                         "all of them finite")
 
 
 def frame_count(seconds, fps):
@@ -294,7 +299,7 @@ def write_clip(path: str | os.PathLike, video=None, audio=None, fps: float = 10,
         raise ValueError(f"{path}: expected frames uint8 (T, H, W, 3), got {video.dtype} {video.shape}")
     T, H, W, _ = video.shape
     picture, sound, extra = (words.split() for words in VIDEO_TYPES[kind])
-    inputs = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{W}x{H}", "-r", f"{fps:.6f}", "-i", "pipe:0"]
+    inputs = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{W}x{H}", "-r", f"{float(fps):.6f}", "-i", "pipe:0"]
     codecs = ["-vf", _even(kind), "-c:v", *picture]
     with tempfile.TemporaryDirectory() as folder, atomic(path) as whole:
         if audio is not None and sound:
@@ -345,7 +350,7 @@ def _write_sound(path, audio, sample_rate):
         raise ValueError(f"{path}: there is no sound to write; choose a video type: {' '.join(VIDEO_TYPES)}")
     try:
         with atomic(path) as whole:
-            soundfile.write(str(whole), _wave(audio), sample_rate, subtype="PCM_16")
+            soundfile.write(str(whole), _wave(audio), round(sample_rate), subtype="PCM_16")
     except soundfile.SoundFileError as error:
         raise ValueError(f"{path}: cannot be written ({error})") from None
 
@@ -364,9 +369,9 @@ def _picture_seconds(path, media):
 
 def _wave(audio):
     """A wave as contiguous float32 (S,), or ValueError."""
-    audio = np.ascontiguousarray(audio, dtype=np.float32)
-    if audio.ndim != 1 or not len(audio) or not np.isfinite(audio).all():
-        raise ValueError(f"expected a wave float (S,), S > 0, of finite numbers; got shape {audio.shape}")
+    given, audio = np.asarray(audio).dtype, np.ascontiguousarray(audio, dtype=np.float32)
+    if given.kind != "f" or audio.ndim != 1 or not len(audio) or not np.isfinite(audio).all():
+        raise ValueError(f"expected a wave float (S,), S > 0, of finite numbers; got {given} {audio.shape}")
     return audio
 
 

@@ -98,7 +98,7 @@ def machine(device=None):
 def write_result(path, result):
     """Everything as .json, or the rows as .csv."""
     with atomic(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        if Path(path).suffix == ".json":
+        if Path(path).suffix.lower() == ".json":
             plain = json.loads(json.dumps(result), parse_constant=lambda name: None)  # null for NaN and infinity
             json.dump(plain, file, indent=1, allow_nan=False)
         else:
@@ -113,7 +113,8 @@ def read_result(path):
         result = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error}); give a result that --out wrote") from None
-    if not isinstance(result, dict) or not all(isinstance(row, dict) for row in result.get("rows", [None])):
+    rows = result.get("rows") if isinstance(result, dict) else None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{path}: has no rows; give a result that --out wrote")
     return result
 
@@ -491,6 +492,8 @@ def align_counts(made, true):
 def curve_counts(made, true, usual=0.0, constant="constant loudness"):
     """(correlation over time of two curves (n,), as far as all go, less what is usual, 1), or why there is none."""
     n = min(len(x) for x in (made, true, usual) if np.ndim(x))
+    if n < 3 or not np.ptp(made[:n]) or not np.ptp(true[:n]):  # two points always correlate by 1
+        return constant
     value = envelope_correlation(made[None, :n], true[None, :n], usual[:n] if np.ndim(usual) else usual)[0]
     return constant if np.isnan(value) else (value, 1)
 
@@ -701,7 +704,7 @@ def embedder(name, files=False):
     try:
         home = python_file(module, give) if module.endswith(".py") else importlib.import_module(module)
         call = getattr(home, function)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError) as error:
         raise ValueError(f"--embedding {name}: {error}; give {give}") from None
     first = lambda x: x[0] if isinstance(x, tuple) else x  # some also return their class scores
     return lambda path, wave: np.asarray(first(call(wave)), dtype=np.float64)
@@ -843,7 +846,7 @@ class Worlds:
             videos, waves = list(itertools.compress(videos, own)), waves[own]
         clips = [([one], other, None) for one, other in zip(found, true)]
         rows = [line for measure in world_measures() for line in pair_rows(measure, clips, rotations=len(clips))]
-        if self.embed and self.make != "picture" and len(waves):
+        if self.embed and self.make != "picture" and len(waves) > 1:
             rows.append(row("Fréchet distance", frechet(fit(waves, self.embed), self.true_fit), n=len(waves)))
         if self.make != "sound" and len(videos):
             rows.append(row("Fréchet distance of frames", frechet(self.look(videos), self.true_look), n=len(videos)))
@@ -1011,7 +1014,7 @@ def compare(args):
 def single_counts(path, result):
     """A result of `worlds` or `folders` -> {figure: (its statistic, each clip's counts or None where it has none)}."""
     statistics = {name: f for measure in (*world_measures(), *measures()) for name, f in measure.rows.items()}
-    known = [line for line in result["rows"] if line.get("metric") in statistics and "counts" in line]
+    known = [line for line in result["rows"] if line.get("metric") in statistics and line.get("counts")]
     found = {", ".join(filter(None, (line.get("name"), line["metric"]))): (statistics[line["metric"]], line["counts"])
              for line in known if not line.get("name", "").startswith("true")}
     if not found:
@@ -1038,7 +1041,7 @@ def pairs(args):
     check_seeds(args)
     models, most = load_models(args.weights, args.device), 0.4  # s on either side, for shifted sounds
     config, front = models.cmmd.config, models.vocoder.config
-    seconds, rate = config.frames / config.fps, config.sample_rate
+    seconds, rate = config.seconds, config.sample_rate
     latents, waves, shifted = [], [], []
     for seed in range(args.seed_start, args.seed_start + args.n):
         clip, rng = bounce(seed, seconds + 2 * most, config.fps, config.size, rate), np.random.default_rng(seed)
@@ -1234,6 +1237,8 @@ def folders(args):
                 continue
             train.append(loudness)
             moved.append(movement(path, fps, args.seconds))
+        if args.train and not train:
+            raise ValueError(f"{args.train}: none of its clips has a sound as long as those compared; give others")
         clips = add_typical(clips, train, [x for x in moved if not isinstance(x, str)])
         rows = [line for measure in measures() for line in pair_rows(measure, clips)]
     if embed and len(clips) > 1:
@@ -1306,8 +1311,8 @@ def draw_fad(drawing, files):
 def draw_training(drawing, files):
     """Losses (video + audio) of right pairs, with a wrong sound, with a wrong picture, as trainings went on."""
     for axis, path in zip(drawing.subplots(1, len(files), squeeze=False, sharey=True)[0], files):
-        rows = list(csv.DictReader(Path(path).read_text().splitlines()))
-        if not rows or "wrong_audio" not in rows[0]:
+        rows = [row for row in csv.DictReader(Path(path).read_text().splitlines()) if None not in row.values()]
+        if not rows or not {"step", "video", "audio", "wrong_audio", "wrong_video"} <= set(rows[0]):
             raise ValueError(f"{path}: no log of a contrastive training; give cmmd-log.csv of train.py cmmd --eta ...")
         curve = lambda key: np.array([float(row[key]) for row in rows])
         axis.plot(curve("step"), curve("video") + curve("audio"), "k", label="right pairs")
@@ -1455,9 +1460,13 @@ def holm(p):
 
 def read_ratings(files, keys):
     """Files of ratings and of keys -> {(question, model): {rater: mean rating}}."""
-    lines = lambda path: csv.DictReader(Path(path).read_text(encoding="utf-8").splitlines())
-    models = {(line["study"], line["item"]): line["model"] for path in keys for line in lines(path)}
-    given, means = {}, {}  # given first: a file read twice counts once
+    lines = lambda path: csv.DictReader(Path(path).read_text(encoding="utf-8-sig").splitlines())
+    models, given, means = {}, {}, {}  # given first: a file read twice counts once
+    for path in keys:
+        try:
+            models |= {(line["study"], line["item"]): line["model"] for line in lines(path)}
+        except KeyError as error:
+            raise ValueError(f"{path}: has no column {error}; give the .key.csv that `study make` wrote") from None
     for path in files:
         for line in lines(path):
             try:
@@ -1559,8 +1568,8 @@ def python_file(path, what):
     """The module that a Python file of the user's makes. ValueError if there is none."""
     if not Path(path).is_file():
         raise ValueError(f"{path}: there is no such file; give {what}")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(spec)
+    spec = importlib.util.spec_from_file_location(str(path), path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look themselves up
     spec.loader.exec_module(module)
     return module
 
@@ -1949,7 +1958,7 @@ OPTIONS = (
     ("speed", "--steps", "of the sampler", dict(type=int, default=3)),
     ("folders", "generated", "folder of clips, any model's: NAME.mp4, or NAME.0.mp4, NAME.1.mp4 ...", {}),
     ("folders", "reference", "folder of the true NAME.mp4", {}),
-    ("folders", "--seconds", "compare the first seconds only (default: all)", dict(type=float)),
+    ("folders", "--seconds", "compare the first seconds only (default: all)", dict(type=number(0.01, 7200))),
     ("folders", "--train", "folder whose mean envelope and movement are to be expected (default: the others')", {}),
     ("folders", "--embedding", "for FAD: MODULE:FUNCTION or FILE.py:FUNCTION, wave (S,) at 16 kHz -> (n, D), or the "
      "name of a model whose embeddings fadtk wrote into the folders", {}),
@@ -1974,7 +1983,7 @@ OPTIONS = (
     ("vocoder", "--weights", "vocoders, of cmmd or melgan-neurips", dict(nargs="+", required=True)),
     ("vocoder", "--held-out", "only the files that train.py holds out for tests", dict(action="store_true")),
     ("vocoder", "--n", "at most so many sounds of each (of a world: 40)", dict(type=int)),
-    ("vocoder", "--seconds", "at most, of each sound", dict(type=float, default=5.0)),
+    ("vocoder", "--seconds", "at most, of each sound", dict(type=number(0.01, 7200), default=5.0)),
     ("ports", "--only", "(default: all)", dict(nargs="+", default=PORTS, choices=PORTS)),
     ("ports", "--melgan", "a clone of descriptinc/melgan-neurips", {}),
     ("ports", "--frames", "", dict(type=int, default=18)),

@@ -84,10 +84,14 @@ class Clip(NamedTuple):
                 f"{self.audio.shape} at {self.sample_rate} Hz, source {self.source})")
 
     def _repr_html_(self):
-        """A player for notebooks; of a source of more than 20 MB it shows the small frames."""
-        large = self.source is not None and (not self.source.exists() or self.source.stat().st_size > 20e6)
+        """A player for notebooks; it shows the small frames where the source is gone, above 20 MB, or of a kind that
+        .mp4 takes as it is and browsers do not play."""
+        try:
+            small = self.source.stat().st_size > 20e6 or data.probe(self.source).codec in ("hevc", "mpeg4")
+        except (AttributeError, OSError, ValueError):
+            small = True
         with tempfile.TemporaryDirectory() as folder:
-            (self._replace(source=None) if large else self).save(path := Path(folder) / "clip.mp4")
+            (self._replace(source=None) if small else self).save(path := Path(folder) / "clip.mp4")
             content = base64.b64encode(path.read_bytes()).decode()
         return f'<video controls loop src="data:video/mp4;base64,{content}"></video>'
 
@@ -177,8 +181,9 @@ def _read(video, audio, seconds, make_video, make_audio, fps, sample_rate, model
     if audio is not None:
         wave, mel = _audio_input(audio, sample_rate, seconds, models)
         lengths.append(len(wave) / config.sample_rate)
-        if audio is video and make_audio is None and (seconds or lengths[0]) > lengths[1] + 1 / config.fps:
-            make_audio = lengths[1], None  # the file's own sound ends before its picture, or than was asked for
+        wanted = seconds or (lengths[0] if audio is video else 0)  # a file's own sound may end before its picture
+        if make_audio is None and make_video is not None and wanted > lengths[1] + 1 / config.fps:
+            make_audio = lengths[1], None
         seconds = lengths[-1] if make_audio is None else seconds
     seconds = seconds or max(lengths)
     whole = frames is not None and make_video is None
@@ -241,8 +246,10 @@ def _checked(request):
 
 
 def _check(video, audio, seconds, make_video, make_audio, fps, sample_rate, steps, condition, guidance,
-           stochasticity, seed, **_):
+           stochasticity, seed, progress, **_):
     """Refuse what cannot work."""
+    if progress is not None and not callable(progress):
+        raise ValueError(f"progress is {progress!r}, expected a function of (what, done, of)")
     if video is not None and audio is not None and make_video is None and make_audio is None:
         raise ValueError(NOTHING_LEFT)
     check_sampling(steps, condition, guidance, stochasticity)
@@ -450,10 +457,11 @@ def _array_wave(audio, sample_rate, wanted):
     import soundfile
 
     audio = _array(audio)
-    known = audio.dtype.kind == "f" or audio.dtype == np.int16
+    whole = audio.dtype.kind == "i" and audio.dtype.itemsize == 2
+    known = audio.dtype.kind == "f" or whole
     if audio.ndim not in (1, 2) or not audio.size or not known or audio.ndim == 2 and audio.shape[1] > 64:
         raise ValueError(f"audio: expected (S,) or (S, channels), float or int16, got {audio.dtype} {audio.shape}")
-    wave = audio / 32768 if audio.dtype == np.int16 else audio
+    wave = audio / 32768 if whole else audio
     if len(wave) * wanted < sample_rate:
         raise ValueError(f"audio: {len(wave)} samples at {sample_rate:g} Hz are less than one at {wanted}; give more")
     if not np.abs(wave).max() <= 2:  # resampling and lossy codecs overshoot a little; NaN is caught too
