@@ -694,8 +694,8 @@ def generate(model: CMMD, video: torch.Tensor | None = None, audio: torch.Tensor
     times = [sampling_times(steps, side, condition) for side in sides]
     total, done, made = sum(len(t) - 1 for t in times), count(1), list(known)
     tell = progress and (lambda *_: progress(next(done), total))
-    for side, t in zip(sides, times):
-        given_now, made = [made[i] if i == side else x for i, x in enumerate(known)], None  # the other is made anew
+    for side, t in zip(sides, times):  # `side`: given whole, or as the turn before made it; the other is made (anew)
+        given_now, made = [made[i] if i == side else x for i, x in enumerate(known)], None
         kept_now = [part for part in kept if part[0] != side]
         made = _make(model, windows, settings, given_now, kept_now, side, t, tell)
     return tuple(made)

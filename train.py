@@ -49,6 +49,7 @@ from cmmd.vocoder import (
 VALIDATION_SEED = 500_000  # worlds from here on choose settings; those from 0 on are the test set
 SMALL_VAE = VAEConfig(channels=(16, 32, 64, 96), blocks=1, groups=4, latent_channels=8)
 SMALL_VOCODER = VocoderConfig(base=16, mel_mean=-3.9, mel_std=1.0)
+UNUSED_STEP = 10**6  # whose batches no step of a training sees: for what is measured before and after it
 FREE = ("out", "cache", "device", "workers", "log_every", "eval_every", "save_every",  # may differ on resume
         "accumulate", "compile", "rank", "processes")
 
@@ -341,7 +342,7 @@ def train_vae(args):
     training, unseen = open_data(args, cache_frames)
     frames = Draws(draw_frames, 3, args.batch, args.seed, training)
     if not args.init:
-        quick_start(network, replace(frames, batch=240)[10**6][0].to(args.device))
+        quick_start(network, replace(frames, batch=240)[UNUSED_STEP][0].to(args.device))
     for part in (network.encoder, network.quant_conv) if args.freeze_encoder else ():
         part.requires_grad_(False)
     state = State({"vae": network}, "vae", args)
@@ -362,7 +363,7 @@ def train_vae(args):
     def finish(ema):
         if not args.init:
             ema.config = replace(ema.config, scale=1.0, shift=0.0)
-            latents = ema.encode(replace(frames, batch=480)[10**6][0][None].to(args.device))
+            latents = ema.encode(replace(frames, batch=480)[UNUSED_STEP][0][None].to(args.device))
             deviation, mean = torch.std_mean(latents, dim=(0, 1, 3, 4))
             ema.config = replace(ema.config, scale=tuple((1 / deviation).tolist()), shift=tuple(mean.tolist()))
         return ema
@@ -622,14 +623,14 @@ class HeldOut:
     def __init__(self, name, source, autoencoder, config, device, training=None):
         self.name, self.vae, self.config = name, autoencoder, config
         if isinstance(source, FileCache):
-            self.worlds, windows = None, self.windows(source)
+            self.worlds, pairs = None, self.windows(source)
             self.typical = envelope(log_mel(self.sounds(self.windows(training, 512)), config)).mean(axis=0)
         else:
             seconds, seeds = config.seconds, range(VALIDATION_SEED, VALIDATION_SEED + self.clips)
             self.worlds = [WORLDS[source](seed, seconds, config.fps, config.size, config.sample_rate) for seed in seeds]
-            windows = [(clip, 0) for clip in encode_clips(self.worlds, autoencoder)]
-        self.waves = self.sounds(windows)
-        self.latents = torch.stack([clip.picture(k, config.frames) for clip, k in windows]).to(device)
+            pairs = [(clip, 0) for clip in encode_clips(self.worlds, autoencoder)]
+        self.waves = self.sounds(pairs)
+        self.latents = torch.stack([clip.picture(k, config.frames) for clip, k in pairs]).to(device)
         self.mel = normalised_mel(self.waves, config).to(device)
         self.moved = None if self.worlds else lower_movement(to_uint8(self.vae.decode(self.latents)))
 
@@ -817,7 +818,8 @@ def arguments(argv):
         for key, value in recipe.items():
             bounds = {"ema": (0, 1), "lr": (0, 10), "warmup": (0, 10**9)}.get(key, (1, 10**9))
             task.add_argument(f"--{key}", type=number(*bounds, type(value)), default=value, help=MEANING[key])
-        task.add_argument("--seed", type=SEED, default=0, help="another one, other clips, times and noise")
+        task.add_argument("--seed", type=SEED, default=0, help="another one, other clips (with --clips, "
+                          "other windows of them), times and noise")
         task.add_argument("--config", type=json_object, default={}, help="sizes of the network, where not the "
                           "default's or those of --init: JSON")
         task.add_argument("--init", help="weights to start from")

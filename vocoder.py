@@ -6,7 +6,7 @@ our own and for published weights, and the command `python vocoder.py convert IN
 
 Front end, generator and discriminators are those of MelGAN (Kumar et al. 2019, arXiv 1910.06711; reference code
 descriptinc/melgan-neurips), whose outputs they equal to within rounding; the losses are those of HiFi-GAN (Kong et al.
-2020, arXiv 2010.05646, Eq. 1-6), which the CMMD paper takes too (Sec. 3).
+2020, arXiv 2010.05646, Eq. 1-6), whose weights the CMMD paper takes (Sec. 3).
 
 Letters: `B` batch, `M` mel bins, `L` mel frames, `S` samples, `C` channels, `F` frequency bins.
 Waves are float (B, S) in [-1, 1]; mels are log10 of a magnitude, float (B, M, L), between -5 and about 2.
