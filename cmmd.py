@@ -1130,7 +1130,8 @@ def read_tensors(path, kind, wanted=list):
 def fit_tensors(path, tensors, names, module, kind, known):
     """Load somebody's tensors into `module` -> module, in evaluation mode. names: theirs -> ours.
 
-    ValueError, in one line, if names or shapes differ; known: a piece of a name -> what a file with it looks like."""
+    ValueError, in one line, if names or shapes differ or what they hold are no plain finite numbers; known: a piece of
+    a name -> what a file with it looks like."""
     missing, extra = [n for n in names if n not in tensors], [n for n in tensors if n not in names]
     if missing or extra:
         looks = [text for piece, text in known.items() if any(piece in n for n in tensors)] or ["another network"]
@@ -1142,6 +1143,10 @@ def fit_tensors(path, tensors, names, module, kind, known):
         state[name] = x = x[..., 0, 0] if x.shape == (*shape, 1, 1) else x  # attention by 1x1 convolutions
         if x.shape != shape:
             raise ValueError(f"{path}: {theirs} is {tuple(x.shape)}, the other tensors imply {shape}")
+        plain = x.is_floating_point() and x.layout == torch.strided and not x.is_meta
+        if not plain or not x.float().isfinite().all():
+            what = "holds NaN or infinity" if plain else f"is {x.dtype}, {x.layout}, on {x.device}"
+            raise ValueError(f"{path}: {theirs} {what}, expected plain finite floating-point numbers; get another copy")
     module.to_empty(device="cpu").load_state_dict(state)
     return module.eval()
 

@@ -1199,6 +1199,16 @@ def test_vae_load_says_what_is_wrong(tmp_path, layout, without, more, says):
     one_line(error, tmp_path / "odd.pt")
 
 
+@pytest.mark.parametrize("change, says", [
+    (lambda x: x.int(), "is torch.int32"), (lambda x: x * math.nan, "holds NaN"), (lambda x: x.to_sparse(), "sparse"),
+    (lambda x: x.to("meta"), "on meta"), (lambda x: x.to(torch.complex64), "is torch.complex64")])
+def test_vae_load_refuses_what_are_no_plain_numbers(tmp_path, change, says):
+    torch.save({name: change(x) for name, x in published_layout("diffusers, new").items()}, tmp_path / "odd.pt")
+    with pytest.raises(ValueError, match=f"encoder.conv_in.weight .*{says}.*, expected plain finite") as error:
+        vae_module.load(tmp_path / "odd.pt")
+    one_line(error, tmp_path / "odd.pt")
+
+
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin", ".ckpt"])
 def test_vae_load_refuses_other_files(tmp_path, suffix):
     path = tmp_path / ("vae" + suffix)
