@@ -271,7 +271,8 @@ def _listen(stderr, shown, log):
         if found:
             shown.put((None if found[1] == b"NOPTS" else int(found[1]), int(found[2] or 0)))
         log["damaged"] += b"corrupt decoded frame" in line
-        log["errors"] += b"[error]" in line and b"[rawvideo" not in line
+        told = b"[error]" in line or b"ended prematurely" in line  # which another thread's line may have cut in two
+        log["errors"] += told and b"[rawvideo" not in line
     shown.put(None)
 
 
