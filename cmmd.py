@@ -134,10 +134,7 @@ class CMMDConfig:
         side = 8 * 2 ** (len(self.attention) - 1)  # the autoencoder's factor, and the levels'
         if self.frames < 2 or self.size % side:
             raise ValueError(f"CMMD frames {self.frames} must be 2 or more, size {self.size} a multiple of {side}")
-        if not 0 <= self.f_min < self.f_max <= self.sample_rate / 2:
-            raise ValueError(f"CMMD f_min {self.f_min} and f_max {self.f_max} must lie within half the sample rate")
-        if self.n_fft < self.hop:
-            raise ValueError(f"CMMD n_fft {self.n_fft} is shorter than hop {self.hop}: samples would be skipped")
+        check_mel(self)
         if any(c < 1 or c % self.groups or c % (2 * self.heads) for c in self.video_channels + self.audio_channels):
             raise ValueError(f"CMMD channels must be multiples of groups {self.groups} and twice heads {self.heads}")
         if self.fusion not in ("learned", "mean", "attention", "none"):
@@ -147,6 +144,16 @@ class CMMDConfig:
 SIZES = {  # "demo" is the config's own, 10 M parameters; "base" has 121 M, for one GPU of 24 GB or more
     "demo": {}, "base": dict(video_channels=(192, 320, 480), audio_channels=(320, 512, 704)),
 }
+
+
+def check_mel(config):
+    """Raise ValueError for mel settings, of a CMMDConfig or a VocoderConfig, that do not fit together."""
+    name, c = type(config).__name__, config
+    if c.n_fft < c.hop:
+        raise ValueError(f"{name}: n_fft {c.n_fft} is shorter than hop {c.hop}: samples are skipped")
+    if not 0 <= c.f_min < c.f_max <= c.sample_rate / 2:
+        raise ValueError(f"{name}: f_min {c.f_min} and f_max {c.f_max} must satisfy 0 <= f_min < f_max <= "
+                         f"{c.sample_rate / 2:g} (half the sample rate)")
 
 
 def mel_frames(T, config):

@@ -84,11 +84,11 @@ def probe(path):
     ValueError, in one line, if there is no such file or nothing in it that decodes."""
     path = _existing(path)
     text = _first_frame(path, "v")
-    said = functools.partial(re.compile, flags=re.MULTILINE)  # at a line's start, where no tag of the file stands
-    stream = r"^\[info\] +Stream #0:\d+\S*: "
-    pictures = said(stream + r"Video: (?!none)(\w+)(?!.*attached pic)(?:.*?, ([\d.]+k?) fps)?").findall(text)
-    sound = said(stream + r"Audio: (?!none)").search(text) is not None
-    if said(r"^\[info\] Input #0, tty").search(text) or not said(stream).search(text):
+    line = r"(?m)^\[info\] +"  # a line's start, where no tag of the file stands
+    stream = line + r"Stream #0:\d+\S*: "
+    pictures = re.findall(stream + r"Video: (?!none)(\w+)(?!.*attached pic)(?:.*?, ([\d.]+k?) fps)?", text)
+    sound = re.search(stream + r"Audio: (?!none)", text) is not None
+    if re.search(r"(?m)^\[info\] Input #0, tty", text) or not re.search(stream, text):
         raise ValueError(f"{path}: no media file, or its header is damaged or cut off ({_reason(text)}); "
                          "give a video or sound file that plays, or copy it again")
     if not pictures and not sound:
@@ -98,10 +98,10 @@ def probe(path):
     if start is None:
         raise ValueError(f"{path}: its {'picture' if pictures else 'sound'} cannot be decoded ({_reason(started)}); "
                          "give a file that plays, or copy it again")
-    length = said(r"^\[info\] +Duration: (\d+):(\d+):([\d.]+)").search(text)
+    length = re.search(line + r"Duration: (\d+):(\d+):([\d.]+)", text)
     seconds = sum(float(n) * unit for n, unit in zip(length.groups(), (3600, 60, 1))) if length else None
     codec, rate = pictures[0] if pictures else (None, "")
-    rotated = said(r"^\[info\] +\S* ?[Mm]atrix: rotation of").search(text) is not None
+    rotated = re.search(line + r"\S* ?[Mm]atrix: rotation of", text) is not None
     return Media(seconds, bool(pictures), sound, codec, rotated,
                  0.0 if start[1] == "NOPTS" else int(start[1]) / 1e6, float(rate.replace("k", "e3")) if rate else None)
 
@@ -228,8 +228,8 @@ def read_audio(path: str | os.PathLike, sample_rate: int = 16000, start: float =
 
 def _check_stretch(start, seconds, rate, size=1):
     """Refuse what is no stretch of a file."""
-    lengths = (rate, size, 1 if seconds is None else seconds)
-    if not all(0 < x < math.inf for x in lengths) or not 0 <= start < math.inf:
+    lengths = (rate, 1 if seconds is None else seconds)
+    if not all(0 < x < math.inf for x in lengths) or not 1 <= size < math.inf or not 0 <= start < math.inf:
         raise ValueError(f"rate {rate}, size {size}, seconds {seconds} must be above 0 and start {start} not below, "
                          "all of them finite")
 

@@ -87,8 +87,9 @@ class Clip(NamedTuple):
         """A player for notebooks; it shows the small frames where the source is gone, above 20 MB, or of a kind that
         .mp4 takes as it is and browsers do not play."""
         try:
-            small = self.source.stat().st_size > 20e6 or data.probe(self.source).codec in ("hevc", "mpeg4")
-        except (AttributeError, OSError, ValueError):
+            small = self.source is not None and (
+                self.source.stat().st_size > 20e6 or data.probe(self.source).codec in ("hevc", "mpeg4"))
+        except (OSError, ValueError):
             small = True
         with tempfile.TemporaryDirectory() as folder:
             (self._replace(source=None) if small else self).save(path := Path(folder) / "clip.mp4")

@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 import cmmd
-from cmmd import fit_tensors, no_autocast, number, read_tensors
+from cmmd import check_mel, fit_tensors, no_autocast, number, read_tensors
 
 FLOOR = 1e-5  # magnitudes below it count as silence: log10 -> -5
 SLOPE = 0.2  # of every leaky ReLU
@@ -60,11 +60,7 @@ class VocoderConfig:
         if not self.ratios or min(self.ratios) < 2 or math.prod(self.ratios) != self.hop:
             raise ValueError(f"VocoderConfig: ratios {self.ratios}, each 2 or more, multiply to "
                              f"{math.prod(self.ratios)}, not to hop {self.hop}")
-        if self.n_fft < self.hop:
-            raise ValueError(f"VocoderConfig: n_fft {self.n_fft} is shorter than hop {self.hop}: samples are skipped")
-        if not 0 <= self.f_min < self.f_max <= self.sample_rate / 2:
-            raise ValueError(f"VocoderConfig: f_min {self.f_min} and f_max {self.f_max} must satisfy "
-                             f"0 <= f_min < f_max <= {self.sample_rate / 2:g} (half the sample rate)")
+        check_mel(self)
 
 
 # ---------------------------------------------------------------------------------------------------- mel front end
