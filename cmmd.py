@@ -23,7 +23,7 @@ import sys
 import time
 import zipfile
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import count, repeat
 from numbers import Integral, Real
 from pathlib import Path
@@ -123,8 +123,7 @@ class CMMDConfig:
         return self.frames / self.fps
 
     def __post_init__(self):
-        for name in ("video_channels", "audio_channels", "attention"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+        check_fields(self)
         if not len(self.video_channels) == len(self.audio_channels) == len(self.attention) > 0:
             raise ValueError("CMMD needs video_channels, audio_channels and attention of one length, a value a level")
         for name in ("size", "fps", "frames", "latent_channels", "sample_rate", "n_fft", "hop", "mel_bins", "mel_std",
@@ -144,6 +143,22 @@ class CMMDConfig:
 SIZES = {  # "demo" is the config's own, 10 M parameters; "base" has 121 M, for one GPU of 24 GB or more
     "demo": {}, "base": dict(video_channels=(192, 320, 480), audio_channels=(320, 512, 704)),
 }
+
+
+def check_fields(config):
+    """Make tuples of a config's lists, as JSON has them; ValueError for what is of another kind than its field."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, list):
+            object.__setattr__(config, field.name, value := tuple(value))
+        kinds, item, expected = {
+            int: (Integral, Integral, "a whole number"), float: (Real, Real, "a finite number"),
+            tuple: (tuple, Integral, "a list of whole numbers"), str: (str, str, "text"),
+        }.get(field.type, ((Real, tuple), Real, "a finite number or a list of them"))
+        values = value if isinstance(value, tuple) else (value,)
+        right = isinstance(value, kinds) and not isinstance(value, bool) and all(isinstance(x, item) for x in values)
+        if not right or item is not str and not all(abs(x) <= 1e9 for x in values):
+            raise ValueError(f"{type(config).__name__}: {field.name} is {value!r:.60}, expected {expected}")
 
 
 def check_mel(config):
@@ -1059,10 +1074,13 @@ def atomic(path):
 
 
 def save(path: str | os.PathLike, module: nn.Module, dtype: torch.dtype | None = None) -> None:
-    """Write module's weights, class name and config to one safetensors file; floating weights as `dtype` if given."""
+    """Write module's weights, class name and config to one safetensors file; floating weights as `dtype` if given.
+
+    ValueError if a weight is NaN or infinite, or would be in `dtype`."""
     weights = {name: w.detach().cpu().contiguous() for name, w in module.state_dict().items()}
     if dtype is not None:
         weights = {name: w.to(dtype) if w.is_floating_point() else w for name, w in weights.items()}
+    check_plain(path, weights, f"{dtype} reaches to {torch.finfo(dtype).max:g}" if dtype else "nothing was written")
     write_tensors(path, weights, {"class": type(module).__name__, "config": json.dumps(asdict(module.config))})
 
 
@@ -1083,25 +1101,36 @@ def remove_unfinished(folder, pattern, age=0):
 def load(path: str | os.PathLike, cls: type[nn.Module]) -> nn.Module:
     """Build cls(cls.Config) from a file that `save` wrote, load the weights strictly -> the module, float32, eval mode.
 
-    ValueError, in one line, if the file is missing, is no safetensors file, holds another class, config or tensors."""
+    ValueError, in one line, if the file is missing, is no safetensors file, holds another class, config or tensors, or
+    a weight that is NaN or infinite."""
     try:
         with safe_open(str(path), framework="pt") as file:
             header = file.metadata() or {}
             weights = {name: file.get_tensor(name).float() for name in file.keys()}
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, NotImplementedError) as error:
         reason = "there is no such file" if not os.path.exists(path) else f"not a whole safetensors file ({error})"
         raise ValueError(f"{path}: {reason}; expected the weights of a {cls.__name__}") from None
     if header.get("class") != cls.__name__:
         raise ValueError(f"{path}: holds {header.get('class', 'weights of unknown kind')}, expected a {cls.__name__}")
     try:
         module = cls(cls.Config(**json.loads(header["config"])))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: its config makes no {cls.__name__} of this version ({error})") from None
+    except Exception as error:  # whatever a damaged or foreign config provokes
+        raise ValueError(f"{path}: its config makes no {cls.__name__} of this version ({first_line(error)})") from None
     try:
         module.load_state_dict(weights, strict=True)
     except RuntimeError as error:
         raise ValueError(f"{path}: weights do not fit their own config: {str(error).splitlines()[1].strip()}") from None
+    check_plain(path, weights)
     return module.eval()
+
+
+def check_plain(path, tensors, hint="get another copy"):
+    """Raise ValueError, in one line that ends in `hint`, if one of the tensors by name is no plain finite numbers."""
+    for name, x in tensors.items():
+        plain = x.is_floating_point() and x.layout == torch.strided and not x.is_meta
+        if not plain or not x.float().isfinite().all():
+            what = "holds NaN or infinity" if plain else f"is {x.dtype}, {x.layout}, on {x.device}"
+            raise ValueError(f"{path}: {name} {what}, expected plain finite floating-point numbers; {hint}")
 
 
 def read_tensors(path, kind, wanted=list):
@@ -1117,7 +1146,7 @@ def read_tensors(path, kind, wanted=list):
             with safe_open(str(path), "pt") as file:
                 ours = "class" in (file.metadata() or {})
                 return None if ours else {name: file.get_tensor(name) for name in wanted(file.keys())}
-        content = torch.load(str(path), map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        content = torch.load(str(path), map_location="cpu", weights_only=True, mmap=_is_plain_zip(path))
     except Exception as error:  # whatever a damaged or foreign file provokes
         code = re.search(r"GLOBAL (\S+)", str(error))
         reason = ("there is no such file" if isinstance(error, FileNotFoundError)
@@ -1125,13 +1154,39 @@ def read_tensors(path, kind, wanted=list):
                   else "empty (0 bytes)" if not start
                   else "a Git LFS pointer, not the weights themselves" if start.startswith(b"version https://git-lfs")
                   else f"holds a {code[1]}, which could run code; get it as .safetensors" if code
+                  else "a TorchScript program, not a state dict" if "TorchScript" in str(error)
                   else f"damaged, or of another kind ({type(error).__name__})")
         raise ValueError(f"{path}: {reason}; expected the weights of a {kind}, .safetensors or a state dict") from None
-    for key in ("state_dict", "generator", "model"):  # a training checkpoint around it
-        content = content[key] if isinstance(content, dict) and isinstance(content.get(key), dict) else content
+    tensors = _tensors_within(content)
+    if not tensors:
+        raise ValueError(f"{path}: holds no tensors; expected the weights of a {kind}, .safetensors or a state dict")
+    return {name: tensors[name] for name in wanted(tensors)}
+
+
+def _is_plain_zip(path):
+    """Whether a file is a zip archive with nothing compressed, as torch.save writes it; only that may be mapped into
+    memory. BadZipFile if it is one with a damaged part, which torch.load would take."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+        if damaged:
+            raise zipfile.BadZipFile(damaged)
+        return all(part.compress_type == zipfile.ZIP_STORED for part in archive.infolist())
+
+
+def _tensors_within(content):
+    """The tensors by name of an unpickled state dict, or of one within a training checkpoint; {} if there are none."""
     content = content if isinstance(content, dict) else {}
-    tensors = {str(name): x for name, x in content.items() if isinstance(x, torch.Tensor)}
-    return {name.removeprefix("module."): tensors[name] for name in wanted(tensors)}
+    for key in ("state_dict", "generator", "model"):
+        if isinstance(content.get(key), dict):
+            return _tensors_within(content[key])
+    return {str(name).removeprefix("module."): x for name, x in content.items() if isinstance(x, torch.Tensor)}
+
+
+def first_line(error):
+    """Of an error's message, for a message of one line."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def fit_tensors(path, tensors, names, module, kind, known):
@@ -1144,16 +1199,13 @@ def fit_tensors(path, tensors, names, module, kind, known):
         looks = [text for piece, text in known.items() if any(piece in n for n in tensors)] or ["another network"]
         raise ValueError(f"{path}: not a {kind}'s state dict, it looks like {looks[0]}; "
                          f"missing: {first_few(missing)}; extra: {first_few(extra)}")
+    check_plain(path, {name: tensors[name] for name in names})
     state = module.state_dict()
     for theirs, name in names.items():
         x, shape = tensors[theirs], tuple(state[name].shape)
         state[name] = x = x[..., 0, 0] if x.shape == (*shape, 1, 1) else x  # attention by 1x1 convolutions
         if x.shape != shape:
             raise ValueError(f"{path}: {theirs} is {tuple(x.shape)}, the other tensors imply {shape}")
-        plain = x.is_floating_point() and x.layout == torch.strided and not x.is_meta
-        if not plain or not x.float().isfinite().all():
-            what = "holds NaN or infinity" if plain else f"is {x.dtype}, {x.layout}, on {x.device}"
-            raise ValueError(f"{path}: {theirs} {what}, expected plain finite floating-point numbers; get another copy")
     module.to_empty(device="cpu").load_state_dict(state)
     return module.eval()
 
@@ -1258,7 +1310,7 @@ def usable_device(name=None):
     try:
         torch.zeros(1, device=name).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device {name}: cannot be used ({str(error).splitlines()[0]}); try cpu") from None
+        raise ValueError(f"device {name}: cannot be used ({first_line(error)}); try cpu") from None
     return torch.device(name)
 
 

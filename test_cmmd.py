@@ -27,6 +27,7 @@ import sys
 import time
 import venv
 import warnings
+import zipfile
 import zlib
 from contextlib import nullcontext
 from dataclasses import replace
@@ -174,6 +175,11 @@ def header_changed(path, **header):
     (lambda path: header_changed(path, **{"class": "CMMD", "config": '{"fusion": "strong"}'}),
      "'learned', 'mean', 'attention' or"),
     (lambda path: header_changed(path, **{"class": "CMMD", "config": "{}"}), "weights do not fit"),
+    *((lambda path, config=text: header_changed(path, **{"class": "CMMD", "config": config}), says) for text, says in (
+        ('{"fps": Infinity}', "fps is inf, expected a finite"), ('{"frames": 2.5}', "frames is 2.5, expected a whole"),
+        ('{"mel_mean": null}', "mel_mean is None"), ('{"heads": "4"}', "heads is '4', expected a whole"),
+        ('{"latents": 3}', "expected text"), ('{"size": 1' + 400 * "0" + "}", "expected a whole number"),
+        ('{"attention": [0.5, true, true]}', "list of whole"), ('{"video_channels": 8}', "is 8, expected a list"))),
 ])
 def test_cmmd_load_says_what_is_wrong(tmp_path, spoil, says):
     path = tmp_path / "cmmd.safetensors"
@@ -182,6 +188,25 @@ def test_cmmd_load_says_what_is_wrong(tmp_path, spoil, says):
     with pytest.raises(ValueError, match=says) as error:
         cmmd.load(path, CMMD)
     one_line(error, path)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e5])
+def test_cmmd_weights_that_are_no_numbers_are_neither_written_nor_read(tmp_path, value):
+    path, model = tmp_path / "cmmd.safetensors", tiny_model()
+    next(model.parameters()).data.view(-1)[0] = value
+    with pytest.raises(ValueError, match="NaN or infinity.*float16 reaches to 65504") as error:
+        save(path, model, dtype=torch.float16)
+    one_line(error, path)
+    assert not path.exists()
+    header = {"class": "CMMD", "config": json.dumps(vars(model.config))}
+    save_file({name: x.contiguous() for name, x in model.state_dict().items()}, path, metadata=header)
+    if value == 1e5:  # only float16 cannot hold it
+        assert cmmd.load(path, CMMD).config == model.config
+        return save(path, model)
+    for refused in (lambda: cmmd.load(path, CMMD), lambda: save(path, model)):
+        with pytest.raises(ValueError, match="NaN or infinity") as error:
+            refused()
+        one_line(error, path)
 
 
 @pytest.mark.parametrize("words, says", [
@@ -1187,7 +1212,7 @@ def test_vae_load_without_quant_convs_is_the_identity(tmp_path):
     (None, None, {"model.1.weight_g": (64, 1, 1)}, "a MelGAN vocoder"),
     (None, None, {"time_embedding.linear_1.bias": (1,)}, "a diffusion U-Net"),
     (None, None, {"linear.weight": (1,)}, r"another network; missing: encoder.* in all\); extra: linear.weight"),
-    (None, None, {}, "another network; missing: encoder.conv_in.weight"),
+    (None, None, {}, "holds no tensors"),
 ])
 def test_vae_load_says_what_is_wrong(tmp_path, layout, without, more, says):
     state = published_layout(layout) if layout else {"step": 3}
@@ -1209,6 +1234,23 @@ def test_vae_load_refuses_what_are_no_plain_numbers(tmp_path, change, says):
     one_line(error, tmp_path / "odd.pt")
 
 
+def test_vae_load_takes_nested_and_compressed_checkpoints_but_no_damaged_ones(tmp_path):
+    whole = {"module." + name: x for name, x in published_layout("CompVis, whole").items()}
+    torch.save({"model": {"state_dict": whole}, "step": torch.tensor(3)}, tmp_path / "stored.pt")
+    content = bytearray((tmp_path / "stored.pt").read_bytes())
+    with zipfile.ZipFile(tmp_path / "stored.pt") as stored, zipfile.ZipFile(tmp_path / "small.pt", "w", 8) as small:
+        for part in stored.infolist():
+            small.writestr(part.filename, stored.read(part))
+    for name in ("stored.pt", "small.pt"):
+        loaded = vae_module.load(tmp_path / name).state_dict()
+        assert all(torch.equal(x, published_vae()[key]) for key, x in loaded.items())
+    content[100_000] ^= 64
+    (tmp_path / "damaged.pt").write_bytes(content)
+    with pytest.raises(ValueError, match="damaged") as error:
+        vae_module.load(tmp_path / "damaged.pt")
+    one_line(error, tmp_path / "damaged.pt")
+
+
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin", ".ckpt"])
 def test_vae_load_refuses_other_files(tmp_path, suffix):
     path = tmp_path / ("vae" + suffix)
@@ -1222,13 +1264,16 @@ def test_vae_load_refuses_other_files(tmp_path, suffix):
         one_line(error, path)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*TorchScript:UserWarning")
 def test_vae_load_refuses_code_folders_and_vocoders(tmp_path):
     torch.save({"state_dict": published_vae(), "callback": Path("x")}, tmp_path / "code.ckpt")
     save(tmp_path / "vocoder.safetensors", Vocoder(VocoderConfig(base=2, residual_blocks=1)))
     save(tmp_path / "ours.safetensors", random_vae())
     torch.save([1], tmp_path / "list.pt")
+    torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)), tmp_path / "script.pt")
     for name, says, given in (("code.ckpt", r"holds a pathlib.*as \.safetensors", {}), ("", "directory", {}),
-                              ("vocoder.safetensors", "holds Vocoder", {}), ("list.pt", "another network", {}),
+                              ("vocoder.safetensors", "holds Vocoder", {}), ("list.pt", "holds no tensors", {}),
+                              ("script.pt", "a TorchScript program", {}),
                               ("ours.safetensors", "carries its own settings, scale", {"scale": 1.0})):
         with pytest.raises(ValueError, match=says) as error:
             vae_module.load(tmp_path / name, **given)
@@ -1548,7 +1593,13 @@ def test_vocoder_griffin_lim_finds_the_tone():
     (lambda s: (s.clear(), s.update({"conv_pre.weight": torch.zeros(1)})), "looks like a HiFi-GAN generator"),
     (lambda s: (s.clear(), s.update({"model.disc_0.model.layer_0.1.bias": torch.zeros(1)})), "discriminator"),
     (lambda s: (s.clear(), s.update({"linear.weight": torch.zeros(1)})), "looks like another network"),
-    (lambda s: (s.clear(), s.update({"step": 3})), "looks like another network"),
+    (lambda s: (s.clear(), s.update({"step": 3})), "holds no tensors"),
+    (lambda s: s.update({"model.3.weight_g": torch.ones(3, 1, 1)}), r"weight_g \(3, 1, 1\) .*lengths \(64, 1, 1\)"),
+    (lambda s: s.update({"model.3.weight_g": torch.tensor(1.0)}), r"weight_g \(\) .*lengths \(64, 1, 1\)"),
+    (lambda s: s["model.3.weight_v"].zero_(), "weight_v .*no direction 0"),
+    (lambda s: s["model.3.weight_v"].fill_(math.nan), "weight_v holds NaN"),
+    (lambda s: s.update({"model.3.weight_v": s["model.3.weight_v"].to_sparse()}), "weight_v is .*sparse"),
+    (lambda s: s.update({"model.3.weight_v": s["model.3.weight_v"].int()}), "weight_v is torch.int32"),
 ])
 def test_vocoder_load_says_what_is_wrong(tmp_path, spoil, says):
     state = published_state()
@@ -3098,13 +3149,15 @@ def test_train_refuses_to_resume_with_other_settings(tmp_path, monkeypatch, caps
     (["vae", "--init", "none.safetensors"], "no such file"), (["cmmd", "--vae", "none.safetensors"], "no such file"),
     (["vae", "--out", "file"], "file"), (["vae", "--config", '{"bands": 3}'], "bands"),
     (["vae", "--config", '{"latent_channels": 2}'], "at least 3"), (["vae", "--freeze-encoder"], "--init; give one"),
-    (["vocoder", "--config", '{"hop": 256.0}'], "hop is 256.0, expected int"),
-    (["vae", "--config", '{"scale": NaN}'], "scale is NaN, expected a number or a list"),
+    (["vocoder", "--config", '{"hop": 256.0}'], "hop is 256.0, expected a whole number"),
+    (["vae", "--config", '{"scale": NaN}'], "scale is nan, expected a finite number or a list"),
     (["vocoder", "--config", '{"ratios": [1, 16, 16]}'], "each 2 or more"),
+    (["vocoder", "--config", '{"sample_rate": 8000, "f_max": 4000}', "--seconds", "0.1"], "must have 0.16 s or more"),
+    (["vocoder", "--config", '{"base": 1000000, "hop": 8, "ratios": [8]}'], "makes no Vocoder"),
     (["cmmd", "--vae", "x", "--margin", "0.5"], "give --eta too"),
     *((["cmmd", "--vae", str(WORLDS / "vae.safetensors"), "--config", config], says) for config, says in (
-        ('{"frames": 18.5}', "frames is 18.5, expected int"), ('{"fps": NaN}', "fps is NaN, expected float"),
-        ('{"fps": 1e999}', "fps is Infinity"), ('{"mel_mean": "x"}', 'mel_mean is "x"'), ('{"blocks": true}', "blocks"),
+        ('{"frames": 18.5}', "frames is 18.5"), ('{"fps": NaN}', "fps is nan"), ('{"blocks": true}', "blocks is True"),
+        ('{"fps": 1e999}', "fps is inf"), ('{"mel_mean": "x"}', "mel_mean is 'x'"), ('{"attention": 1}', "is 1, "),
         ('{"latent_channels": 4}', "8 channels, the model's 4"))),
     (["cmmd", "--vae", str(WORLDS / "vae.safetensors"), "--data", "x"], "no such folder"),
     (["cmmd", "--vae", "x", "--negatives-at", "1", "0.5"], "--negatives-at"),

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import cmmd
-from cmmd import fast_autocast, fit_tensors, number, read_tensors, zeroed
+from cmmd import check_fields, fast_autocast, fit_tensors, number, read_tensors, zeroed
 
 
 @dataclass(frozen=True)
@@ -41,16 +41,14 @@ class VAEConfig:
     shift: float | tuple = 0.0
 
     def __post_init__(self):
-        for name in ("channels", "scale", "shift"):  # JSON has lists only
-            if isinstance(getattr(self, name), list):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
-        if self.groups < 1 or not self.channels or any(c % self.groups for c in self.channels):
+        check_fields(self)
+        if self.groups < 1 or not self.channels or any(c < 1 or c % self.groups for c in self.channels):
             raise ValueError(f"VAE channels {self.channels} must each be a multiple of groups = {self.groups}")
         scale, shift = torch.as_tensor(self.scale), torch.as_tensor(self.shift)
-        if self.blocks < 1 or self.latent_channels < 1 or not (scale.min() > 0 and shift.isfinite().all()):
-            raise ValueError("VAE blocks and latent_channels must be at least 1, scale above 0, shift finite")
         if any(x.numel() not in (1, self.latent_channels) for x in (scale, shift)):
             raise ValueError(f"VAE scale and shift must be one number, or {self.latent_channels}: one a latent channel")
+        if self.blocks < 1 or self.latent_channels < 1 or not scale.min() > 0:
+            raise ValueError("VAE blocks and latent_channels must be at least 1, scale above 0")
 
     @property
     def factor(self):

@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 import cmmd
-from cmmd import check_mel, fit_tensors, no_autocast, number, read_tensors
+from cmmd import check_mel, check_fields, check_plain, fit_tensors, no_autocast, number, read_tensors
 
 FLOOR = 1e-5  # magnitudes below it count as silence: log10 -> -5
 SLOPE = 0.2  # of every leaky ReLU
@@ -51,7 +51,7 @@ class VocoderConfig:
     mel_std: float = 1.0
 
     def __post_init__(self):
-        object.__setattr__(self, "ratios", tuple(self.ratios))  # JSON has lists only
+        check_fields(self)
         for name in ("sample_rate", "n_fft", "hop", "mel_bins", "base", "residual_blocks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"VocoderConfig: {name} is {getattr(self, name)}, expected at least 1")
@@ -118,7 +118,8 @@ def add_weight_norm(module):
 def fold_weight_norm(tensors):
     """A state dict with weight norm folded: length * direction / |direction|, the norm over all but the first axis.
 
-    Knows torch's names, present (`parametrizations.weight.original0`, `...1`) and old (`weight_g`, `weight_v`)."""
+    Knows torch's names, present (`parametrizations.weight.original0`, `...1`) and old (`weight_g`, `weight_v`).
+    ValueError if a length is not one number a channel, or a direction is 0."""
     folded = dict(tensors)
     for name in tensors:
         for length, direction in (("parametrizations.weight.original0", "parametrizations.weight.original1"),
@@ -126,7 +127,11 @@ def fold_weight_norm(tensors):
             stem = name.removesuffix(length)
             if stem != name and stem + direction in tensors:
                 g, v = folded.pop(name).float(), folded.pop(stem + direction).float()
-                folded[stem + "weight"] = g * v / v.norm(dim=tuple(range(1, v.ndim)), keepdim=True)
+                norm = v.norm(dim=tuple(range(1, v.ndim)), keepdim=True)
+                if g.shape != norm.shape or not (norm > 0).all():
+                    raise ValueError(f"{name} {tuple(g.shape)} and {stem + direction} {tuple(v.shape)} are no weight "
+                                     f"norm: expected lengths {tuple(norm.shape)}, and no direction 0")
+                folded[stem + "weight"] = g * v / norm
     return folded
 
 
@@ -372,8 +377,9 @@ def load(path: str | os.PathLike, *, sample_rate=None, n_fft=None, f_min=None, f
         if given:
             raise ValueError(f"{path}: carries its own mel settings, {', '.join(given)} cannot be given")
         return cmmd.load(path, Vocoder)
-    tensors = fold_weight_norm(tensors)
+    check_plain(path, {name: x for name, x in tensors.items() if re.search(r"weight(_[gv]|\.original[01])$", name)})
     try:
+        tensors = fold_weight_norm(tensors)
         config = _sizes(tensors, given)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
