@@ -2590,7 +2590,7 @@ def test_sample_png_is_exact_and_shows_when_it_sounds(tmp_path):
     (["in.0.mp4", "-o", "in.mp4", "--draws", "2"], "in.0.mp4: is the input itself"),
     (["in.?.mp4", "-o", "in.mp4", "--draws", "2"], "in.0.mp4: is the input itself"),
     (["in.mp4", "-o", "o.mp4", "--steps", "0"], "at least 1"), (["in.mp4", "-o", "o.mp4", "--steps", "x"], "--steps"),
-    (["in.mp4", "-o", "o.mp4", "--seconds", "-1"], "from 0.01"),
+    (["in.mp4", "-o", "o.mp4", "--seconds", "-1"], "from 0.01"), (["--seconds", "inf", "-o", "o.mp4"], "is inf"),
     (["in.mp4", "-o", "o.mp4", "--weights", "no"], "weights"),
     (["in.mp4", "-o", "o.mp4", "--weights", "wrong"], "expected a VAE"),
     (["in.mp4", "-o", "o.mp4", "--weights", "."], "vae.safetensors: there is no such file"),
@@ -2628,6 +2628,8 @@ def test_sample_weights_that_are_no_folder_are_refused():
             load_models(name)
     with pytest.raises(ValueError, match="^models is 'worlds'"):
         sample(seconds=1, models="worlds")
+    with pytest.raises(ValueError, match="^progress is True, expected a function"):
+        sample(seconds=1, progress=True)
 
 
 def test_sample_clips_and_models_show_themselves_in_a_line(models):
@@ -4270,8 +4272,11 @@ def clip_folders(tmp_path_factory):
         for draw in range(2):
             data.write_clip(folder / "made" / f"{k}.{draw}.wav", audio=world.audio)
         data.write_clip(folder / "swapped" / f"{k}.mp4", world.video, other.audio)
-    (folder / "embed.py").write_text("import numpy as np\ndef embed(wave):\n    x = wave[:32000].reshape(8, -1)\n"
-                                     "    return np.stack([x.std(1), abs(x).max(1)], 1), 'scores'\n")
+    (folder / "embed.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\nimport numpy as np\n@dataclass\n"
+        "class Settings:\n    parts: int = 8\n"  # a dataclass needs its module to be importable by name
+        "def embed(wave):\n    x = wave[:32000].reshape(Settings().parts, -1)\n"
+        "    return np.stack([x.std(1), abs(x).max(1)], 1), 'scores'\n")
     return folder
 
 
@@ -4392,6 +4397,10 @@ def test_evaluate_folders_refuse_in_one_line(clip_folders, tmp_path, capsys):
         (made / f"{k}.wav").unlink()
         data.write_clip(made / f"{k}.mp4", bounce(k, seconds=2.0).video)
     refused("has no sound", made, true)
+    (tmp_path / "short").mkdir()
+    data.write_clip(tmp_path / "short" / "0.wav", audio=wave[:8000])
+    refused("short: none of its clips", true, true, "--embedding", f"{clip_folders / 'embed.py'}:embed", "--train",
+            tmp_path / "short")
     data.write_clip(made / "0.wav", audio=wave)
     refused("same name", made, true)
     (made / "0.wav").unlink()
@@ -4689,6 +4698,10 @@ def test_evaluate_figure_of_a_training(tmp_path, capsys):
     log.write_text("step,seconds,video,audio,wrong_audio,wrong_video\n1,1,0.2,0.3,0.6,0.7\n2,2,0.2,0.3,0.7,0.8\n")
     assert not evaluate.main(["figure", "eq6", str(tmp_path / "a.png"), str(log)])
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    whole = (tmp_path / "a.png").read_bytes()
+    log.write_text(log.read_text() + "3,3,0.2,0.")  # a training that is at work, or was killed
+    assert not evaluate.main(["figure", "eq6", str(tmp_path / "a.png"), str(log)])
+    assert (tmp_path / "a.png").read_bytes() == whole
     log.write_text("step,seconds,video,audio\n1,1,0.2,0.3\n")
     assert evaluate.main(["figure", "eq6", str(tmp_path / "b.png"), str(log)]) == 2
     assert "no log of a contrastive training" in capsys.readouterr().err and not (tmp_path / "b.png").exists()
