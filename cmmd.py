@@ -8,8 +8,9 @@ The method of the paper, over tensors: nothing here knows of files of media, fra
   sampler      generate: clean, replace or guide (Eqs. 3, 5), or by turns; any length   Sec. 2.1
   the rest     save, load, others' weights, devices, command lines: what serves all files
 
-Letters: B batch, T video frames, C channels, H W latent height and width, M mel bins, L mel frames. "velocity" is the
-v-target of Salimans and Ho; `t` in [0, 1] is the noise level (the paper's n / N), 0 clean and 1 pure noise. Equations:
+Letters: B batch, T video frames, C channels, H W latent height and width, M mel bins, L mel frames, E width of the
+embedded noise level; in attention N any batch, S and R positions. "velocity" is the v-target of Salimans and Ho; `t` in
+[0, 1] is the noise level (the paper's n / N), 0 clean and 1 pure noise; blocks get it embedded, as `time`. Equations:
 2 joint v-loss, 3 step guided by a reconstruction, 4 contrastive loss for a clean video, 5 noising of what is given,
 6 joint contrastive loss. "(ours)" marks what is not in the paper.
 """
@@ -121,6 +122,14 @@ class CMMDConfig:
     def seconds(self):
         """Of a training window."""
         return self.frames / self.fps
+
+    def normalise(self, mel):
+        """log10 mel -> about zero mean and unit variance."""
+        return (mel - self.mel_mean) / self.mel_std
+
+    def denormalise(self, x):
+        """Inverse of `normalise`."""
+        return x * self.mel_std + self.mel_mean
 
     def __post_init__(self):
         check_fields(self)
@@ -238,7 +247,7 @@ def zeroed(module):
 
 
 class ResidualBlock(nn.Module):
-    """norm-SiLU-conv, scale and shift by time, norm-SiLU-conv.
+    """norm-SiLU-conv, norm, scale and shift by the noise level, SiLU-conv; residual.
 
     Frames (B*T, C, H, W) if dims is 2, sound (B, C, L) if 1."""
 
@@ -347,11 +356,11 @@ class EasyFusion(nn.Module):
     def forward(self, video, audio, step):
         """video (B*T, Cv, H, W), audio (B, Ca, L), `step` seconds a mel frame at this level -> both, fused."""
         values = self.norm_video(video)
-        look, write = self._attend(values)
+        look, write = self._maps(values)
         return video + self._to_video(audio, video, write, step), audio + self._to_audio(audio, values, look, step)
 
-    def _attend(self, values):
-        """values (N, C, H, W) -> weights (N, heads, H*W) to read by, a softmax, and to write by, of maximum 1."""
+    def _maps(self, values):
+        """values (N, C, H, W) -> maps (N, heads, H*W) to read by, a softmax, and to write by, of maximum 1."""
         N, _, H, W = values.shape
         if self.score is None:
             even = torch.ones(N, self.config.heads, H * W, device=values.device)
@@ -360,7 +369,8 @@ class EasyFusion(nn.Module):
         return look.softmax(dim=2), (write - write.amax(dim=2, keepdim=True)).exp()
 
     def _to_audio(self, audio, values, look, step):
-        """What is found where the heads look, where that is, and how both move, at the mel's times -> (B, Ca, L)."""
+        """What is found where the heads look, where that is, how both move, and when within its frame (`phase`) each
+        mel frame lies -> (B, Ca, L)."""
         B, L = len(audio), audio.shape[2]
         N, C, H, W = values.shape
         heads, fps, device = self.config.heads, self.config.fps, audio.device
@@ -495,15 +505,7 @@ class CMMD(nn.Module):
         self.video_out = nn.Sequential(nn.GroupNorm(config.groups, video[0]), nn.SiLU(), last_video)
         self.audio_out = nn.Sequential(nn.GroupNorm(config.groups, audio[0]), nn.SiLU(), last_audio)
         self.audio_skip, self.video_skip = NoiseSkip(config.mel_bins, E), StillSkip(config.latent_channels, E)
-        self.to(memory_format=torch.channels_last)  # (B*T, H, W, C) in memory: the temporal reshapes copy nothing
-
-    def normalise(self, mel):
-        """log10 mel -> about zero mean and unit variance."""
-        return (mel - self.config.mel_mean) / self.config.mel_std
-
-    def denormalise(self, x):
-        """Inverse of `normalise`."""
-        return x * self.config.mel_std + self.config.mel_mean
+        self.to(memory_format=torch.channels_last)  # (B*T, H, W, C) in memory: conv over T needs no copy
 
     def forward(self, video, audio, t_video, t_audio):
         check_shapes(self.config, video, audio)
@@ -581,7 +583,8 @@ def motion_weights(video, share):
 
 
 def joint_loss(model, video, audio, t_video, t_audio, noise_video, noise_audio, motion=0.0):
-    """Eq. 2: the mean squared velocity error of each sample and modality -> (B, 2), video then audio.
+    """Eq. 2 of each sample and side -> (B, 2), video then audio. Either's squared error is averaged over its own
+    elements, so that both weigh alike (ours; the paper has one norm over both).
 
     video (B, T, C, H, W), audio (B, M, L); times (B,); clean sides, t = 0, have loss 0. motion: `motion_weights`."""
     noisy = [diffuse(x, n, t) for x, n, t in ((video, noise_video, t_video), (audio, noise_audio, t_audio))]
@@ -610,12 +613,12 @@ def contrastive_loss(model, pair, times, noise, negatives, eta, margin=None, mot
     with a wrong picture -> ContrastiveLoss. All in one batched pass.
 
     pair, times, noise: (video, audio) each, as `joint_loss` takes them, and motion. negatives: (wrong_video,
-    wrong_audio), each (n, ...), for the first n samples of the batch: the paper's "sub-sample". A negative has its
-    positive's times and noise, its velocity is that of the negative itself, and a clean side has no loss there either
-    (ours; the paper is silent). Eq. 6 falls without bound as negatives get worse. With `margin` (ours) each term is a
-    triplet loss instead, eta * max(0, margin + its positive's loss - its own): a negative that is worse by the margin
-    is left alone, and where right and wrong cannot be told apart both pulls cancel, since the gradient flows through
-    the positive in the hinge too: held constant there, eta = 1 diverged."""
+    wrong_audio), each (n, ...): one of each (the paper's "sub-sample" of all M), for the first n samples of the batch
+    alone (ours). A negative has its positive's times and noise, its velocity is that of the negative itself, and a
+    clean side has no loss there either (ours; the paper is silent). Eq. 6 falls without bound as negatives get worse.
+    With `margin` (ours) each term is a triplet loss instead, eta * max(0, margin + its positive's loss - its own): a
+    negative that is worse by the margin is left alone, and where right and wrong cannot be told apart both pulls
+    cancel, since the gradient flows through the positive in the hinge too: held constant there, eta = 1 diverged."""
     n = len(negatives[0])
     video = torch.cat([pair[0], pair[0][:n], negatives[0]])
     audio = torch.cat([pair[1], negatives[1], pair[1][:n]])
@@ -677,17 +680,18 @@ def generate(model: CMMD, video: torch.Tensor | None = None, audio: torch.Tensor
     """Sample what is missing: sound for `video`, video for `audio`, both for `frames` -> latents (B, T, C, H, W) and
     normalised mel (B, M, L), float32; what was given is returned as it is.
 
-    video: latents (B, T, C, H, W) and audio: mel (B, M, L), as VAE.encode and CMMD.normalise give them. frames: T where
-    no whole video is given; by default as many as what is given fills.
+    video: latents (B, T, C, H, W) and audio: mel (B, M, L), as VAE.encode and CMMDConfig.normalise give them. frames: T
+    where no whole video is given; by default as many as what is given fills.
     keep: (keep_video, keep_audio), for a side that is given in part: boolean masks (T,) or (B, T), (L,) or (B, L).
     Where True its values are held exactly, elsewhere and beyond its end they are made, in the same scene (`put_back`):
     continuation and inpainting.
-    condition, how the given side enters: "clean" at its own t = 0 (ours), with guidance w (default: 2 for pictures, 0
-    for sounds) of what moves away from the prediction that does not see it, at t > 0.5; "replace" noised to the
-    current level (Eq. 5), where guidance does nothing; "guide" also pulled down the gradient of its own reconstruction
-    (Eq. 3) with lambda = guidance (default 1). Where no side is given whole, "replace" and "guide" make both at
-    once, as the paper does; "clean" begins so, then makes picture and sound anew by turns, each for the other, from the
-    same noise (ours). What is kept of a side stands, as in Eq. 5, at the noise level of what is made.
+    condition, how the given side enters: "clean" at its own t = 0 (ours), with classifier-free guidance of weight
+    `guidance` (default: 2 for pictures, 0 for sounds) at t > 0.5, of what moves alone (`push_away`); "replace" noised
+    to the current t (Eq. 5; at two levels where config.shift is not the paper's 1: `levels`), where guidance does
+    nothing; "guide" also pulled down the gradient of its own reconstruction (Eq. 3) with lambda = guidance (default 1).
+    Where no side is given whole, "replace" and "guide" make both at once, at one t, as the paper does; "clean" begins
+    so, then makes picture and sound anew by turns, each for the other, from the same noise (ours). What is kept of a
+    side stands, as in Eq. 5, at the noise level of what is made.
     steps: by default 3 for sounds and 8 for pictures, of each turn too, 10 for both before them; 10 by "replace" and
     "guide", 25 for both: see `sampling_times`.
     sampler: "ddim" with `stochasticity` s in [0, 1] (0 DDIM, 1 fresh noise at every step) or "dpm", DPM-Solver++(2M).
@@ -717,15 +721,14 @@ def generate(model: CMMD, video: torch.Tensor | None = None, audio: torch.Tensor
     total, done, made = sum(len(t) - 1 for t in times), count(1), list(known)
     tell = progress and (lambda *_: progress(next(done), total))
     for side, t in zip(sides, times):  # `side`: given whole, or as the turn before made it; the other is made (anew)
-        given_now, made = [made[i] if i == side else x for i, x in enumerate(known)], None
+        known_now, made = [made[i] if i == side else x for i, x in enumerate(known)], None  # frees the turn before
         kept_now = [part for part in kept if part[0] != side]
-        made = _make(model, windows, settings, given_now, kept_now, side, t, tell)
+        made = _make(model, windows, settings, known_now, kept_now, side, t, tell)
     return tuple(made)
 
 
 def _frames_that_fill(known, given, frames, config):
-    """How many frames the clip has: those of a whole video, else those asked for, else as many as what is given fills.
-    """
+    """The clip's frames: those of a whole video, else those asked for, else as many as what is given fills."""
     if frames is not None and given != 0:
         return frames
     seen, L = 0 if known[0] is None else known[0].shape[1], 0 if known[1] is None else known[1].shape[2]
@@ -747,7 +750,7 @@ def _make(model, windows, settings, known, kept, given, times, progress):
     """Make the side that is not `given`, or both if it is None, down the noise levels `times` -> [video, audio]."""
     config, device, clean = model.config, next(model.parameters()).device, settings.condition == "clean"
     H, W = [config.size // 8] * 2 if known[0] is None else known[0].shape[3:]
-    L = known[1].shape[2] if given == 1 and known[1] is not None else mel_frames(windows.frames, config)
+    L = known[1].shape[2] if given == 1 else mel_frames(windows.frames, config)
     shapes = (windows.T, config.latent_channels, H, W), (config.mel_bins, windows.L)
     generators = [torch.Generator().manual_seed(int(seed)) for seed in settings.seeds]
 
@@ -774,37 +777,37 @@ def _make(model, windows, settings, known, kept, given, times, progress):
     return [video[:, : windows.frames], audio[:, :, :L]]
 
 
-def of_one_scene(noise, n, time):
-    """White noise (B, ...) over several windows of n along the dimension `time`: replace, in place, its running mean
+def of_one_scene(noise, n, dim):
+    """White noise (B, ...) over several windows of n along the dimension `dim`: replace, in place, its running mean
     over n by the mean of the first n. What stands still in a window (a wall, a timbre) follows that mean, so that a
     long clip keeps its scene. The means of other windows come near to the first's, not to equal it; the variance stays
     about 1 (ours; FreeNoise, arXiv 2310.15169, shuffles noise to this end)."""
-    places = torch.arange(noise.shape[time])
-    for sample in noise.movedim(time, -1):
+    places = torch.arange(noise.shape[dim])
+    for sample in noise.movedim(dim, -1):
         for part in sample:  # a channel or bin after the other, so that it takes the memory of one alone
             running = running_mean(part, places, n, -1, places)
             part += running[..., :1] - running
     return noise
 
 
-def running_mean(x, places, n, time, at):
-    """x (..., K, ...) stands at `places` (K,), ascending, along `time` -> its means over the n of them (or all, where
+def running_mean(x, places, n, dim, at):
+    """x (..., K, ...) stands at `places` (K,), ascending, along `dim` -> its means over the n of them (or all, where
     there are fewer) that are nearest to each of the places `at`."""
     n = min(n, len(places))
     starts = torch.searchsorted(places[:-n] + places[n:], 2 * at)  # the next n are nearer from halfway to the next one
-    return x.unfold(time, n, 1).mean(-1).index_select(time, starts)
+    return x.unfold(dim, n, 1).mean(-1).index_select(dim, starts)
 
 
 def put_back(x, kept):
     """Overwrite x = [video, audio] with what is kept of a side, [(side, values, mask (n,) or (B, n), reach)]; the rest
-    of that side is corrected by what the `reach` kept frames that are nearest, if any, show to be wrong on average.
+    of that side is corrected by the mean error of the `reach` kept frames nearest to each place (0: not at all).
 
     Called on every prediction x_0, and, without a reach, on the result. Where x_0 is the truth, a step computes the
-    noise that x_t holds and mixes it with the truth again at the next level: the kept stretch is diffuse(truth, its own
-    first noise, t), as in Eq. 5. That alone tells the rest too little, since it is decided at high noise: the
-    correction (ours), which ends as x_t comes to show what is kept, lets what stands still (a wall, a timbre) go on.
-    Not so a sound whose picture is given whole: the picture tells what is heard, and silence that is kept would go
-    on."""
+    noise that x_t holds and mixes it with the truth again at the next level: the kept stretch is diffuse(truth,
+    noise, t), as in Eq. 5, with its first noise if none is drawn anew. That alone tells the rest too little, since it
+    is decided at high noise: the correction (ours), which ends as x_t comes to show what is kept, lets what stands
+    still (a wall, a timbre) go on. Not so a sound whose picture is given whole: the picture tells what is heard, and
+    silence that is kept would go on."""
     for side, values, mask, reach in kept:
         mask = mask[..., : x[side].shape[1 + side]]
         for one, known, own in zip(x[side], values, mask.expand(len(x[side]), -1)):
@@ -822,7 +825,7 @@ def _given_whole(known, keep, config):
     """Which side is given whole: 0 video, 1 audio or None. ValueError: nothing is left, or shapes do not fit."""
     whole = [side for side in (0, 1) if known[side] is not None and keep[side] is None]
     if len(whole) == 2:
-        raise ValueError("generate was given both video and audio: nothing is left to make; `keep` tells which part to")
+        raise ValueError("generate was given both video and audio: nothing is left to make; `keep` masks what stays")
     check_shapes(config, *known)
     for name, x, mask, dim in zip(("video", "audio"), known, keep, (1, 2)):
         fits = mask is None or x is not None and mask.dtype == torch.bool and mask.shape in (
@@ -874,7 +877,7 @@ def sampling_times(steps=None, given=None, condition="clean"):
     """Noise levels for `integrate`, from 1 down to 0, one more than steps (ours; measured: README).
 
     Sound of a clean video: equal steps, 3 unless told otherwise. Else 1 - (i / steps)^2, dense at high noise, where
-    what happens when is decided and where a training draws most of its times (`draw_times`: 1 - u^2): 8 for pictures
+    what happens when is decided (and where a training draws most times of pairs with two noisy sides): 8 for pictures
     of a clean sound, 10 by "replace" and "guide"; for both at once 25, or 10 where turns follow ("clean")."""
     if steps is None:
         clean, noised = {None: 10, 0: 3, 1: 8}, {None: 25, 0: 10, 1: 10}
@@ -914,8 +917,8 @@ def dpm_step(x_t, x_0, x_0_before, t, t_next, t_before):
 
 def _predictor(model, windows, known, given, condition, guidance, shift):
     """How the given side enters, as a function predict(x, t, noise) -> [video, audio] clean, for `integrate`. In its
-    place the model sees: "clean": itself, at t = 0; "replace" and "guide": itself, noised to t; none given: what has
-    been made of it so far, at t."""
+    place the model sees: "clean": itself, at t = 0; "replace" and "guide": itself, noised to its level at t (`levels`);
+    none given: what has been made of it so far, at its level."""
 
     def joint(x, t, noise):
         return windows.predictions(model, x, levels(t, shift))
@@ -938,16 +941,16 @@ def _predictor(model, windows, known, given, condition, guidance, shift):
     return joint if given is None else clean if condition == "clean" else noised
 
 
-def push_away(x_0, blind, guidance, time):
+def push_away(x_0, blind, guidance, dim):
     """Classifier-free guidance (Ho and Salimans 2021) of what moves alone (ours): predictions x_0 (B, ...) + guidance
-    times what they differ from the blind ones, less the mean of that over the dimension `time`. What stands still in a
-    picture no sound tells; pushed as well, it turns grey (measured: README)."""
+    times what they differ from the blind ones, less the mean of that over `dim`, time. What stands still in a picture
+    no sound tells; pushed as well, it turns grey (measured: README)."""
     away = x_0 - blind
-    return x_0 + guidance * (away - away.mean(time, keepdim=True))
+    return x_0 + guidance * (away - away.mean(dim, keepdim=True))
 
 
 def clean_parts(model, parts, times):
-    """What the model takes parts = [video, audio] (B, ...), all at the same two noise levels, to be without noise."""
+    """The model's clean predictions [video, audio] for noisy parts (B, ...), all at the same two noise levels."""
     B, device = len(parts[0]), parts[0].device
     with fast_autocast(device):
         velocities = model(*parts, *(torch.full((B,), float(t), device=device) for t in times))
@@ -955,25 +958,26 @@ def clean_parts(model, parts, times):
 
 
 class Windows:
-    """Overlapping windows over a canvas of T video frames and the mel frames that go with them.
+    """Overlapping windows over a canvas of T video frames, the `frames` wanted and a few more if need be, and the mel
+    frames that go with them.
 
     Windows are as long as those of the training, `config.frames` with the mel frames that end within them (18 and 112
-    at 10 fps), and start on whole mel frames; the canvas is lengthened by a few frames if need be. Predictions are
+    at 10 fps), and start on whole mel frames (at rates where none do, on the nearest ones). Predictions are
     joined with triangular weights. Memory is bounded by the batch of windows, and the result does not depend on it.
     side: 0 video, 1 audio; also the axis of time in one sample, (T, C, H, W) or (M, L)."""
 
-    def __init__(self, T, config, stride, batch):
+    def __init__(self, frames, config, stride, batch):
         per_frame = config.sample_rate / (config.fps * config.hop)  # mel frames a video frame
-        size, whole = min(T, config.frames), lambda n: abs(n * per_frame - round(n * per_frame)) < 1e-6
+        size, whole = min(frames, config.frames), lambda n: abs(n * per_frame - round(n * per_frame)) < 1e-6
         grid = next(filter(whole, range(1, config.frames)), None)
         if grid is None:  # mel starts are rounded: windows that only touch would leave gaps
             grid, stride = 1, min(stride, int((whole_mel_frames(size, config) - 1) / per_frame))
         stride = max(grid, min(stride, size) // grid * grid)
-        self.frames, self.T = T, size + -(-(T - size) // grid) * grid  # that are wanted, and of the canvas
+        self.frames, self.T = frames, size + -(-(frames - size) // grid) * grid
         self.L, self.batch, last = whole_mel_frames(self.T, config), batch, self.T - size
         starts, n = [*range(0, last, stride), last], whole_mel_frames(size, config)
         mel_starts = [min(round(s * per_frame), self.L - n) for s in starts[:-1]] + [self.L - n]
-        self.sizes, self.starts = (size, n), [[(s, size) for s in starts], [(s, n) for s in mel_starts]]
+        self.sizes, self.starts = (size, n), (starts, mel_starts)
         self.weights = [self._blend_weights(side) for side in (0, 1)]
 
     def _blend_weights(self, side):
@@ -982,9 +986,9 @@ class Windows:
         ramp = torch.arange(n) + 0.5
         ramp = torch.minimum(ramp, n - ramp)
         total = torch.zeros((self.T, self.L)[side])
-        for start, _ in self.starts[side]:
+        for start in self.starts[side]:
             total[start : start + n] += ramp
-        return [ramp / total[start : start + n] for start, _ in self.starts[side]]
+        return [ramp / total[start : start + n] for start in self.starts[side]]
 
     def lengthen(self, x, side):
         """x, video (B, T, ...) or audio (B, M, L), cut or continued with its last frame to the canvas."""
@@ -993,20 +997,20 @@ class Windows:
         return x.index_select(dim, index)
 
     def batches(self, B):
-        """(sample, window) pairs, `batch` at a time."""
-        pairs = [(b, w) for w in range(len(self.starts[0])) for b in range(B)]
-        return [pairs[i : i + self.batch] for i in range(0, len(pairs), self.batch)]
+        """All windows of B samples, as (sample, window) indices, `batch` at a time."""
+        places = [(b, w) for w in range(len(self.starts[0])) for b in range(B)]
+        return [places[i : i + self.batch] for i in range(0, len(places), self.batch)]
 
-    def cut(self, x, side, pairs):
-        """The windows of `pairs` out of canvas x, stacked; one that ends before its last window goes on as it ended."""
-        spans = [(b, *self.starts[side][w]) for b, w in pairs]
-        places = [(b, torch.arange(start, start + n, device=x.device)) for b, start, n in spans]
-        return torch.stack([x[b].index_select(side, place.clamp(max=x.shape[1 + side] - 1)) for b, place in places])
+    def cut(self, x, side, places):
+        """The windows `places` out of canvas x, stacked; one that ends before its last window goes on as it ended."""
+        window, last = torch.arange(self.sizes[side], device=x.device), x.shape[1 + side] - 1
+        where = lambda w: (self.starts[side][w] + window).clamp(max=last)
+        return torch.stack([x[b].index_select(side, where(w)) for b, w in places])
 
-    def paste(self, canvas, parts, side, pairs, weighted=True):
+    def paste(self, canvas, parts, side, places, weighted=True):
         """Add the windows `parts` onto the canvas, each times its share."""
-        for part, (b, w) in zip(parts, pairs):
-            start, n = self.starts[side][w]
+        for part, (b, w) in zip(parts, places):
+            start, n = self.starts[side][w], self.sizes[side]
             if weighted:
                 share = self.weights[side][w].to(part)
                 part = part * (share[:, None, None, None] if side == 0 else share)
@@ -1016,15 +1020,15 @@ class Windows:
         """The clean data that the model predicts over the windows of x = [video, audio] at two noise levels, None of
         the side `given`. guidance: away from what it predicts where the noise `blind` takes that side's place."""
         out = [None if side == given else torch.zeros_like(x[side]) for side in (0, 1)]
-        for pairs in self.batches(len(x[0])):
-            parts = [self.cut(x[side], side, pairs) for side in (0, 1)]
+        for places in self.batches(len(x[0])):
+            parts = [self.cut(x[side], side, places) for side in (0, 1)]
             clean = clean_parts(model, parts, times)
             if guidance:
-                made, parts[given] = 1 - given, self.cut(blind, given, pairs)
+                made, parts[given] = 1 - given, self.cut(blind, given, places)
                 unseeing = clean_parts(model, parts, [1.0 if side == given else t for side, t in enumerate(times)])
                 clean[made] = push_away(clean[made], unseeing[made], guidance, 1 + made)
             for side in {0, 1} - {given}:
-                self.paste(out[side], clean[side], side, pairs)
+                self.paste(out[side], clean[side], side, places)
         return out
 
     def reconstruction_gradient(self, model, x, times, known, given):
@@ -1032,17 +1036,17 @@ class Windows:
         ||known - its prediction||^2, summed over elements, weighed by the windows' shares where they overlap."""
         made = 1 - given
         out, gradient = torch.zeros_like(x[made]), torch.zeros_like(x[made])
-        for pairs in self.batches(len(x[0])):
-            parts = [self.cut(x[side], side, pairs) for side in (0, 1)]
+        for places in self.batches(len(x[0])):
+            parts = [self.cut(x[side], side, places) for side in (0, 1)]
             with torch.enable_grad():
                 parts[made].requires_grad_(True)
                 x_0 = clean_parts(model, parts, times)
-                shares = torch.stack([self.weights[given][w] for _, w in pairs]).to(x[0])
+                shares = torch.stack([self.weights[given][w] for _, w in places]).to(x[0])
                 shares = shares[:, :, None, None, None] if given == 0 else shares[:, None]
-                error = (shares * (self.cut(known, given, pairs) - x_0[given]).square()).sum()
+                error = (shares * (self.cut(known, given, places) - x_0[given]).square()).sum()
                 (pull,) = torch.autograd.grad(error, parts[made])
-            self.paste(out, x_0[made].detach(), made, pairs)
-            self.paste(gradient, pull, made, pairs, weighted=False)
+            self.paste(out, x_0[made].detach(), made, places)
+            self.paste(gradient, pull, made, places, weighted=False)
         return out, gradient
 
 
@@ -1315,7 +1319,7 @@ def usable_device(name=None):
 
 
 def fast_autocast(device):
-    """Context: bf16 autocast where that is fast (GPUs from Ampere on, CPUs with native bf16), else plain float32.
+    """Context: bf16 autocast where that is fast (GPUs from Ampere on, x86 CPUs with native bf16), else plain float32.
 
     CPUs that only emulate bf16 run a convolution 2.4 times slower in it than in float32, so the code asks."""
     kind = torch.device(device).type

@@ -800,9 +800,9 @@ class Worlds:
         model, made = self.models.cmmd, []
         for latents, mel, seeds in zip(*(batches(x, self.batch) for x in (self.latents, self.mel, self.seeds))):
             video = latents if self.make == "sound" else None
-            audio = model.normalise(mel) if self.make == "picture" else None
+            audio = model.config.normalise(mel) if self.make == "picture" else None
             x = generate(model, video, audio, latents.shape[1], seeds=tuple(seeds), **settings)
-            made.append([x[0].cpu(), model.denormalise(x[1]).cpu()])
+            made.append([x[0].cpu(), model.config.denormalise(x[1]).cpu()])
         return [torch.cat(parts) for parts in zip(*made)]
 
     def look(self, videos):
@@ -864,7 +864,7 @@ class Worlds:
     def spread(self, videos, latents, mel):
         """How varied N clips are: distances (root mean square) of any two, kinds, counts and tempi seen -> dict."""
         seen, figures = self.seen(videos), {}
-        for side, x in (("pictures", latents), ("sounds", self.models.cmmd.normalise(mel))):
+        for side, x in (("pictures", latents), ("sounds", self.models.cmmd.config.normalise(mel))):
             apart = torch.pdist(x.flatten(1).double()) / math.sqrt(x[0].numel())
             figures[f"distance of two {side}: least, median"] = [float(apart.min()), float(apart.median())]
         count = Counter(kind for events in seen for kind in events.kinds.tolist())
@@ -1032,7 +1032,7 @@ def check_seeds(args):
 
 # ---------------------------------------------------------------- right and wrong pairs
 
-LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # noise levels t, one for both sides (P), but for the model's shift
+LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # noise levels t, one t for both sides (`cmmd.levels`)
 CANDIDATES = 16
 
 
@@ -1054,7 +1054,7 @@ def pairs(args):
             start = round(start * rate)
             out.append(torch.from_numpy(clip.audio[start : start + round(seconds * rate)]))
     latents = torch.cat(latents)
-    mel, moved = (models.cmmd.normalise(log_mel(torch.stack(x), front)).to(latents) for x in (waves, shifted))
+    mel, moved = (models.cmmd.config.normalise(log_mel(torch.stack(x), front)).to(latents) for x in (waves, shifted))
     rows = [{"t": t} for t in LEVELS]
     sounds = {"right": mel, "shifted": moved, "swapped": mel.roll(1, 0)}
     for line, name in itertools.product(rows, sounds):

@@ -6,8 +6,9 @@
   the picture         frames over spectrograms, written as a PNG
   the command line    python sample.py dog.mp4 -o out.mp4; without arguments a demonstration
 
-media -> frames -> VAE.encode -> generate -> Vocoder.decode -> wave. Only latents and small frames are kept, so that
-memory hardly grows with length. Letters: T video frames, C H W of the latents, M mel bins, L mel frames, S samples.
+frames -> VAE.encode -> generate -> Vocoder.pieces -> wave; wave -> log_mel -> generate -> VAE.decode -> frames. Only
+latents and small frames are kept, so that memory hardly grows with length. Letters: T video frames, C H W of the
+latents, M mel bins, L mel frames, S samples.
 """
 
 import base64
@@ -210,7 +211,7 @@ def _together(requests, given):
     latents, mel = made
     drawn = [_attempt(_with_picture, one, x, models, tell) for one, x in zip(given, latents.split(1))]
     del made, latents
-    mel = models.cmmd.denormalise(mel)
+    mel = models.cmmd.config.denormalise(mel)
     for one, x in zip(drawn, mel.split(1)):
         yield one if isinstance(one, Exception) else _attempt(_with_sound, one, x, models)
 
@@ -450,7 +451,7 @@ def _audio_input(audio, sample_rate, seconds, models):
     T = data.frame_count(len(wave) / config.sample_rate, config.fps)
     canvas = np.pad(wave, (0, max(0, mel_frames(T, config) * config.hop - len(wave))))
     mel = log_mel(torch.from_numpy(canvas)[None].to(device), models.vocoder.config)[..., : mel_frames(T, config)]
-    return wave, models.cmmd.normalise(mel)
+    return wave, models.cmmd.config.normalise(mel)
 
 
 def _array_wave(audio, sample_rate, wanted):

@@ -320,8 +320,8 @@ def test_cmmd_refuses_other_shapes(video, audio):
 
 def test_cmmd_normalise_and_back():
     model, mel = tiny_model(mel_mean=-3.0, mel_std=2.0), torch.tensor([-5.0, -3.0, 1.0])
-    assert model.normalise(mel).tolist() == [-1.0, 0.0, 2.0]
-    assert torch.equal(model.denormalise(model.normalise(mel)), mel)
+    assert model.config.normalise(mel).tolist() == [-1.0, 0.0, 2.0]
+    assert torch.equal(model.config.denormalise(model.config.normalise(mel)), mel)
 
 
 def test_cmmd_interpolation_goes_by_true_time():
@@ -867,13 +867,13 @@ def test_cmmd_windows_cover_the_canvas_and_share_it(T, changes, stride):
     assert windows.T >= T and windows.L >= whole_mel_frames(T, config) >= mel_frames(T, config) - 1
     for side, length in enumerate((windows.T, windows.L)):
         total = torch.zeros(length)
-        for (start, n), share in zip(windows.starts[side], windows.weights[side], strict=True):
+        n = windows.sizes[side]
+        for start, share in zip(windows.starts[side], windows.weights[side], strict=True):
             assert start >= 0 and start + n <= length and len(share) == n and share.min() > 0
             total[start : start + n] += share
         torch.testing.assert_close(total, torch.ones(length))
-        assert len({n for _, n in windows.starts[side]}) == 1
     if config.fps == 10:  # windows start on whole mel frames
-        assert all(abs(s * 6.25 - m) < 1e-9 for (s, _), (m, _) in zip(*windows.starts))
+        assert all(abs(s * 6.25 - m) < 1e-9 for s, m in zip(*windows.starts))
 
 
 class Mixing(nn.Module):
@@ -889,8 +889,8 @@ class Mixing(nn.Module):
 def reconstruction_error(model, windows, x, t, known, given):
     """||known - its prediction||^2 over the windows, weighed by their shares, straight from the definition."""
     total, level = 0, torch.full((len(known),), t)
-    for w, spans in enumerate(zip(*windows.starts)):
-        (v, nv), (a, na) = spans
+    for w, (v, a) in enumerate(zip(*windows.starts)):
+        nv, na = windows.sizes
         cut = [x[0][:, v : v + nv], x[1][:, :, a : a + na]]
         true = known[:, v : v + nv] if given == 0 else known[:, :, a : a + na]
         x_0 = denoise(cut[given], model(*cut, level, level)[given], t)[0]
@@ -3115,7 +3115,7 @@ def test_train_cached_clips_of_other_frame_rates_are_others(tmp_path, monkeypatc
     few_clips(monkeypatch)
     autoencoder = vae_module.load(weights / "vae.safetensors")
     args = SimpleNamespace(cache=tmp_path, shift=(0.1, 0.4), clips=2, rank=0, processes=1)
-    names = [set(train.cached_clips(args, "bounce", autoencoder, CMMDConfig(**sizes)).names)
+    names = [set(train.encoded_world(args, "bounce", autoencoder, CMMDConfig(**sizes)).names)
              for sizes in (dict(fps=10, frames=18), dict(fps=25, frames=45), dict(fps=10, frames=18, size=32))]
     assert len(set.union(*names)) == 6
 
@@ -4994,7 +4994,7 @@ def test_weights_worlds_score_the_truth_as_the_chain_ceiling(trained, tmp_path, 
 
     def remember(self):
         encode(self)
-        mel = self.models.cmmd.normalise(self.mel)
+        mel = self.models.cmmd.config.normalise(self.mel)
         truth.update({seed: pair for seed, *pair in zip(self.seeds, self.latents, mel)})
 
     def generate(model, video, audio, frames, *, seeds, progress, **settings):
@@ -5062,7 +5062,7 @@ def test_weights_keep_held_out_frames_and_sounds(trained):
     assert abs(latents.mean()) < 0.3 and 0.7 < latents.std() < 1.3
     waves = torch.from_numpy(np.stack([clip.audio for clip in clips]))
     mel = log_mel(waves, trained.vocoder.config)
-    normal = trained.cmmd.normalise(mel)
+    normal = trained.cmmd.config.normalise(mel)
     assert abs(normal.mean()) < 0.3 and 0.7 < normal.std() < 1.3
     ours, others = (mel_loss(x, waves, trained.vocoder.config) for x in (trained.vocoder.decode(mel), waves.roll(1, 0)))
     assert ours < 0.6 and ours < others / 2
@@ -5073,7 +5073,7 @@ def seams(x, side):
     from frame to frame is there, as a share of what it is elsewhere, and how much the level differs (unit variance)."""
     x = x.flatten(2).double() if side == 0 else x.transpose(1, 2).double()  # (B, frames, features)
     windows = Windows(x.shape[1] if side == 0 else round(x.shape[1] / 6.25), CMMDConfig(), 8, 8)
-    edges = {place for start, n in windows.starts[side] for place in (start, start + n)} - {0}
+    edges = {place for start in windows.starts[side] for place in (start, start + windows.sizes[side])} - {0}
     border = torch.tensor([k + 1 in edges for k in range(x.shape[1] - 1)])
     step, level = x.diff(dim=1).abs().mean(2), x[:, 1:].mean(2)
     return [float(step[:, border].mean() / step[:, ~border].mean()),
@@ -5086,7 +5086,7 @@ def seams(x, side):
 def test_weights_keep_the_scene_of_a_long_clip(trained, make, monkeypatch):
     """5.4 s, three windows. Of pictures from noise that is white all along, nothing is left but what windows share."""
     waves = torch.from_numpy(np.stack([bounce(600_000 + i, 5.408).audio for i in range(6)]))
-    mel = trained.cmmd.normalise(log_mel(waves, trained.vocoder.config)) if make == "picture" else None
+    mel = trained.cmmd.config.normalise(log_mel(waves, trained.vocoder.config)) if make == "picture" else None
 
     def kept():
         made = generate(trained.cmmd, None, mel, 54, seeds=range(6))[0]
@@ -5104,9 +5104,9 @@ def test_weights_make_a_sound_as_loud_after_a_kept_silence(trained):
     video = trained.vae.encode(train.to_frames(np.stack([clip.video for clip in clips])))
     waves = torch.from_numpy(np.stack([clip.audio for clip in clips]))
     true = log_mel(waves, trained.vocoder.config)
-    silent = trained.cmmd.normalise(log_mel(0 * waves, trained.vocoder.config))
+    silent = trained.cmmd.config.normalise(log_mel(0 * waves, trained.vocoder.config))
     made = generate(trained.cmmd, video, silent, keep=(None, torch.arange(338) < 112), seeds=range(6))[1]
-    assert abs(trained.cmmd.denormalise(made)[..., 112:].mean() - true[..., 112:].mean()) < 0.2
+    assert abs(trained.cmmd.config.denormalise(made)[..., 112:].mean() - true[..., 112:].mean()) < 0.2
 
 
 @shipped
@@ -5115,7 +5115,7 @@ def test_weights_go_on_in_the_scene_that_is_kept(trained, monkeypatch):
     """A picture of 1.8 s goes on for 3.6 s: without the correction only the kept stretch is of its scene."""
     clips = [bounce(600_000 + i, 5.408) for i in range(6)]
     video = trained.vae.encode(train.to_frames(np.stack([clip.video[:18] for clip in clips])))
-    mel = trained.cmmd.normalise(log_mel(torch.from_numpy(np.stack([clip.audio for clip in clips])),
+    mel = trained.cmmd.config.normalise(log_mel(torch.from_numpy(np.stack([clip.audio for clip in clips])),
                                          trained.vocoder.config))
 
     def scenes():
@@ -5137,7 +5137,7 @@ def test_weights_leave_no_seams(trained, make):
     seeds = range(12)
     clips = [bounce(600_000 + i, 20.0) for i in seeds]
     frames = train.to_frames(np.stack([clip.video for clip in clips]))
-    mel = trained.cmmd.normalise(log_mel(torch.from_numpy(np.stack([clip.audio for clip in clips])),
+    mel = trained.cmmd.config.normalise(log_mel(torch.from_numpy(np.stack([clip.audio for clip in clips])),
                                          trained.vocoder.config))
     video = trained.vae.encode(frames) if make == "sound" else None
     made = generate(trained.cmmd, video, mel if make == "picture" else None, 200, seeds=seeds)
@@ -5147,7 +5147,7 @@ def test_weights_leave_no_seams(trained, make):
     if make != "sound":
         return
     near = []
-    for times in ([evaluate.onsets(x, HOP_SECONDS) for x in trained.cmmd.denormalise(made[1]).numpy()],
+    for times in ([evaluate.onsets(x, HOP_SECONDS) for x in trained.cmmd.config.denormalise(made[1]).numpy()],
                   [clip.times for clip in clips]):
         phase = np.concatenate(times) % 0.8  # windows begin every 0.8 s and end 0.2 s later in that grid
         near.append(np.mean(np.abs((phase[:, None] - [0, 0.2, 0.8])).min(1) < 0.07))

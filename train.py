@@ -1,8 +1,8 @@
 """Three trainings, one skeleton: `python train.py vae|vocoder|cmmd --out FOLDER`.
 
-They train on worlds, every clip drawn fresh, and on any folders of videos with sound (--data). In this order: the
-skeleton (State: weights, EMA and optimisers with exact resume; run: the loop), then one plain training for
-each network, then the command line.
+They train on worlds, each clip drawn fresh unless --clips keeps some, and on any folders of videos with sound (--data).
+In this order: the skeleton (State: weights, EMA and optimisers with exact resume; run: the loop), then one plain
+training for each network, then the command line.
 
 What step n sees (clips, times, noise) is a function of n and of the settings alone, so a run that was stopped and
 resumed with the same settings ends with the same weights, bit for bit on the CPU, as one that was never stopped. It is
@@ -430,7 +430,7 @@ def train_vocoder(args):
 class PairBatches:
     """Windows of clips: [step] -> [latents (batch, T, C, H, W), mel (batch, M, L)] and, of the first `negatives`, the
     picture and the sound cut `shift` (from, to; s) earlier or later; those of another clip where this one is no longer
-    than a window. The frames go with the mel frames that end within them (P: 18 with 112).
+    than a window. The frames go with the mel frames that end within them (18 with 112).
 
     sources take turns: FileCaches of encoded clips, or names of worlds, drawn fresh and encoded with `vae_path`."""
 
@@ -477,7 +477,7 @@ class PairBatches:
         return math.copysign(rng.uniform(min(low, abs(side)), abs(side)), side)
 
     def draw(self, step, rng):
-        """This step's clips, long enough to be shifted -> EncodedClips."""
+        """This step's clips -> EncodedClips; a world's have room for shifts where there are negatives."""
         c, out, fresh, paths = self.config, [None] * self.batch, {}, {}
         for i in range(self.batch):
             source = self.sources[(step + i) % len(self.sources)]  # by turns: the first places have negatives
@@ -514,7 +514,7 @@ def another(i, batch, sources):
 def normalised_mel(waves, config):
     """Waves (B, S) of a window -> normalised mel (B, M, L), whole frames of it."""
     mel = log_mel(waves, config)[..., : whole_mel_frames(config.frames, config)]
-    return (mel - config.mel_mean) / config.mel_std
+    return config.normalise(mel)
 
 
 def encode_clips(clips, autoencoder):
@@ -535,7 +535,7 @@ def initial_model(autoencoder, args):
     default = CMMDConfig(latent_channels=autoencoder.config.latent_channels, **SIZES[args.size or "demo"])
     given, fps = args.init and load(args.init, CMMD), args.config.get("fps")
     if isinstance(fps, (int, float)) and math.isfinite(fps) and fps != (given.config if given else default).fps:
-        args.config.setdefault("frames", max(2, round(1.8 * fps)))  # P: windows of 1.8 s
+        args.config.setdefault("frames", max(2, round(1.8 * fps)))  # the paper's windows of 1.8 s
     model, own = initial(CMMD, given, default, args), fingerprint(autoencoder)
     if model.config.latent_channels != default.latent_channels:
         raise ValueError(f"{args.vae}: its latents have {default.latent_channels} channels, the model's "
@@ -558,7 +558,7 @@ def train_cmmd(args):
         model.config = replace(model.config, **{key: x for key, x in level.items() if key not in args.config})
     config = model.config
     state = State({"cmmd": model}, "cmmd", args)
-    files = [cached_clips(args, x, autoencoder, config) if args.clips and isinstance(x, str) else x for x in training]
+    files = [encoded_world(args, x, autoencoder, config) if args.clips and isinstance(x, str) else x for x in training]
     negatives = round(args.negatives * args.batch) if args.eta else 0
     batches = PairBatches(args.batch, args.seed, config, args.vae, tuple(files), negatives, tuple(args.shift))
 
@@ -656,7 +656,7 @@ class HeldOut:
         the other clean, or clean and another clip's. `path`: a PNG of a clip over its true and its made sound."""
         x, seeds = (self.latents, self.mel), range(len(self.mel))
         sounds = generate(model, x[0], steps=steps, seeds=seeds, window_batch=16)[1]
-        sounds = model.denormalise(sounds).cpu().numpy()[..., : self.mel.shape[2]]
+        sounds = model.config.denormalise(sounds).cpu().numpy()[..., : self.mel.shape[2]]
         made = generate(model, audio=x[1], frames=x[0].shape[1], steps=steps, seeds=seeds, window_batch=16)[0]
         out = self.world_figures(sounds, made) if self.worlds else self.file_figures(sounds, made)
         high, zero = (torch.full((len(seeds),), t).to(self.mel) for t in (0.95, 0.0))
@@ -700,7 +700,7 @@ def encoded_files(entry, cache, autoencoder, config, args):
                        config.frames, with_room(config, args.shift))
 
 
-def cached_clips(args, name, autoencoder, config):
+def encoded_world(args, name, autoencoder, config):
     """--clips clips of the world `name`, encoded once into the cache or found there -> FileCache."""
     folder = Path(args.cache or Path(args.out) / "cache")
     folder.mkdir(parents=True, exist_ok=True)
