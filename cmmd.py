@@ -1004,8 +1004,8 @@ class Windows:
     def cut(self, x, side, places):
         """The windows `places` out of canvas x, stacked; one that ends before its last window goes on as it ended."""
         window, last = torch.arange(self.sizes[side], device=x.device), x.shape[1 + side] - 1
-        where = lambda w: (self.starts[side][w] + window).clamp(max=last)
-        return torch.stack([x[b].index_select(side, where(w)) for b, w in places])
+        where = lambda w: (self.starts[side][w] + window).clamp(max=last)  # index_select would copy all of a cut canvas
+        return torch.stack([x[b][where(w)] if side == 0 else x[b][:, where(w)] for b, w in places])
 
     def paste(self, canvas, parts, side, places, weighted=True):
         """Add the windows `parts` onto the canvas, each times its share."""
