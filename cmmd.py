@@ -962,8 +962,8 @@ class Windows:
     frames that go with them.
 
     Windows are as long as those of the training, `config.frames` with the mel frames that end within them (18 and 112
-    at 10 fps), and start on whole mel frames (at rates where none do, on the nearest ones). Predictions are
-    joined with triangular weights. Memory is bounded by the batch of windows, and the result does not depend on it.
+    at 10 fps), and start on whole mel frames (at rates where none do, on the nearest ones). Predictions are joined with
+    triangular weights. Memory is bounded by the batch of windows, and the result does not depend on it.
     side: 0 video, 1 audio; also the axis of time in one sample, (T, C, H, W) or (M, L)."""
 
     def __init__(self, frames, config, stride, batch):
@@ -1142,7 +1142,7 @@ def read_tensors(path, kind, wanted=list):
 
     It may be a safetensors file, or a pickle of nothing but tensors, also inside a training checkpoint; wanted(names)
     chooses among them. ValueError, in one line, for any other file; `kind` ("VAE") tells what was expected."""
-    start = None
+    start, expected = None, f"expected the weights of a {kind}, .safetensors or a state dict"
     try:
         with open(path, "rb") as file:
             start = file.read(40)
@@ -1160,10 +1160,10 @@ def read_tensors(path, kind, wanted=list):
                   else f"holds a {code[1]}, which could run code; get it as .safetensors" if code
                   else "a TorchScript program, not a state dict" if "TorchScript" in str(error)
                   else f"damaged, or of another kind ({type(error).__name__})")
-        raise ValueError(f"{path}: {reason}; expected the weights of a {kind}, .safetensors or a state dict") from None
+        raise ValueError(f"{path}: {reason}; {expected}") from None
     tensors = _tensors_within(content)
     if not tensors:
-        raise ValueError(f"{path}: holds no tensors; expected the weights of a {kind}, .safetensors or a state dict")
+        raise ValueError(f"{path}: holds no tensors; {expected}")
     return {name: tensors[name] for name in wanted(tensors)}
 
 
@@ -1190,7 +1190,7 @@ def _tensors_within(content):
 
 def first_line(error):
     """Of an error's message, for a message of one line."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def fit_tensors(path, tensors, names, module, kind, known):

@@ -50,8 +50,8 @@ import numpy as np
 import torch
 
 from cmmd import (
-    CMMD, CONDITIONS, SIZES, CMMDConfig, Parser, atomic, check_sampling, contrastive_loss, fast_autocast, generate,
-    joint_loss, json_object, levels, number, sample as door, usable_device, whole_mel_frames)
+    CMMD, CONDITIONS, SIZES, CMMDConfig, Parser, atomic, check_sampling, contrastive_loss, fast_autocast, first_line,
+    generate, joint_loss, json_object, levels, number, sample as door, usable_device, whole_mel_frames)
 from cmmd.data import (
     KIND_HUE, KIND_PITCH, SOUND_TYPES, TEMPI, TRAINING_SEED, VIDEO_TYPES, WORLDS, bounce, check_output,
     find_sources, probe, read_audio, read_video, share_of, write_clip)
@@ -668,8 +668,7 @@ def load_i3d(path, device):
     try:
         return torch.jit.load(path, map_location=device).eval()
     except (RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{path}: no TorchScript file ({reason}); give i3d_torchscript.pt") from None
+        raise ValueError(f"{path}: no TorchScript file ({first_line(error)}); give i3d_torchscript.pt") from None
 
 
 def video_rows(pairs, i3d, args):
@@ -1032,7 +1031,7 @@ def check_seeds(args):
 
 # ---------------------------------------------------------------- right and wrong pairs
 
-LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # noise levels t, one t for both sides (`cmmd.levels`)
+LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # noise levels t, of both sides (`cmmd.levels`)
 CANDIDATES = 16
 
 

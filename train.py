@@ -386,7 +386,8 @@ def train_vocoder(args):
     place, a loss of the loud parts (ours), which learns tones far sooner."""
     generator = add_weight_norm(initial(Vocoder, args.init and vocoder.load(args.init), SMALL_VOCODER, args))
     config = generator.config
-    least = math.ceil(1e3 * (max(1024, 3 * config.hop) + config.hop) / config.sample_rate) / 1e3  # losses mirror crops
+    mirrored = max(1024 + config.hop, generator.least_frames * config.hop)  # samples, by the losses and the generator
+    least = math.ceil(1e3 * mirrored / config.sample_rate) / 1e3
     if args.seconds < least:
         raise ValueError(f"--seconds {args.seconds:g}: crops at {config.sample_rate} Hz must have {least:g} s or more")
     discriminator = Discriminator(args.discriminator_channels).to(args.device)

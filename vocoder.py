@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 import cmmd
-from cmmd import check_mel, check_fields, check_plain, fit_tensors, no_autocast, number, read_tensors
+from cmmd import check_fields, check_mel, check_plain, fit_tensors, no_autocast, number, read_tensors
 
 FLOOR = 1e-5  # magnitudes below it count as silence: log10 -> -5
 SLOPE = 0.2  # of every leaky ReLU
